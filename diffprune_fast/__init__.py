@@ -1,0 +1,48 @@
+"""Make trained diffusion models smaller and faster by removing whole channels."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "trace": "tracing",
+    "Plan": "tracing",
+    "score": "scoring",
+    "Scores": "scoring",
+    "select": "selection",
+    "prune": "slicing",
+    "PruneResult": "pipeline",
+    "score_and_prune": "pipeline",
+    "from_pretrained": "checkpoint",
+    "ops": "ops",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name's module on first use, so that importing the package stays quick."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_PUBLIC[name]}")
+    return module if name == "ops" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from . import ops as ops
+    from .checkpoint import from_pretrained as from_pretrained
+    from .pipeline import PruneResult as PruneResult
+    from .pipeline import score_and_prune as score_and_prune
+    from .scoring import Scores as Scores
+    from .scoring import score as score
+    from .selection import select as select
+    from .slicing import prune as prune
+    from .tracing import Plan as Plan
+    from .tracing import trace as trace
