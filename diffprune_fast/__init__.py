@@ -14,7 +14,7 @@ _PUBLIC = {
     "Scores": "scoring",
     "select": "selection",
     "prune": "slicing",
-    "PruneResult": "pipeline",
+    "PruneResult": "result",
     "score_and_prune": "pipeline",
     "from_pretrained": "checkpoint",
     "ops": "ops",
@@ -38,7 +38,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from . import ops as ops
     from .checkpoint import from_pretrained as from_pretrained
-    from .pipeline import PruneResult as PruneResult
+    from .result import PruneResult as PruneResult
     from .pipeline import score_and_prune as score_and_prune
     from .scoring import Scores as Scores
     from .scoring import score as score
