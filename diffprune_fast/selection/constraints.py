@@ -1,0 +1,246 @@
+"""Which keep-sets a plan allows: checking one, and the lattice of kept counts that selection may choose from.
+
+A constraint asks that the rows of a matrix of units keep equally many. That holds for every constraint at once when
+each *atom* (the units of one group that stand in the same rows) keeps the same fraction ``j / q``, where ``q``
+divides every atom. Groups that share a constraint share the fraction: a *cluster*. What may be chosen is then one
+integer per cluster, and no choice of units inside the atoms can break anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from ..tracing import Constraint, Plan
+
+NORM_GROUPS = ("count", "exact")
+
+
+def check_norm_groups(norm_groups: str) -> None:
+    if norm_groups not in NORM_GROUPS:
+        raise ValueError(f"norm_groups={norm_groups!r}: choose one of {', '.join(map(repr, NORM_GROUPS))}")
+
+
+def violations(plan: Plan, keep: Mapping[str, np.ndarray], norm_groups: str = "count") -> list[str]:
+    """Say everything that is wrong with a keep-set; an empty list means that it may be sliced.
+
+    keep: group name to the sorted, unique unit indices of that group that stay; a group that isn't named stays whole.
+    norm_groups: ``"exact"`` asks every norm group to keep equally many channels, ``"count"`` only that the channels
+    that stay can be divided among the norm groups. Every other constraint holds in both modes.
+
+    Raises ValueError for an unknown ``norm_groups``.
+    """
+    check_norm_groups(norm_groups)
+    kept = np.ones(plan.n_units + 1, bool)  # the last entry answers for -1, the channels that always stay
+    found = []
+    for name, units in keep.items():
+        if name not in plan.position:
+            found.append(f"group {name!r} is not in the plan")
+            continue
+        g = plan.position[name]
+        wrong = _wrong_indices(np.asarray(units), plan.groups[g].n_units)
+        if wrong:
+            found.append(f"group {name!r}: {wrong}")
+            continue
+        kept[plan.offsets[g] : plan.offsets[g + 1]] = False
+        kept[plan.offsets[g] + np.asarray(units)] = True
+    for constraint in plan.constraints:
+        wrong = _broken(constraint, kept, norm_groups)
+        if wrong:
+            found.append(f"{constraint.kind} at {constraint.place}: {wrong}")
+    return found
+
+
+def _wrong_indices(units: np.ndarray, n_units: int) -> str:
+    if units.size == 0:
+        return "no unit stays; at least one must"
+    if units.ndim != 1 or not np.issubdtype(units.dtype, np.integer):
+        return f"unit indices must be a vector of integers, not {units.dtype} of shape {units.shape}"
+    if units.min() < 0 or units.max() >= n_units:
+        return f"unit indices {units.min()}..{units.max()} don't fit into 0..{n_units - 1}"
+    steps = np.diff(units)
+    if (steps == 0).any():
+        return f"unit {units[:-1][steps == 0][0]} is named twice"
+    if (steps < 0).any():
+        return "unit indices are not sorted"
+    return ""
+
+
+def _broken(constraint: Constraint, kept: np.ndarray, norm_groups: str) -> str:
+    rows = constraint.rows
+    if rows.size == 0 or rows_are_units(rows):
+        return ""
+    counts = kept[rows].sum(axis=1)
+    total = int(counts.sum())
+    if total == 0:
+        return "no channel stays"
+    if constraint.kind == "norm" and norm_groups == "count":
+        if total % len(rows):
+            return f"{total} channels stay, which {len(rows)} norm groups can't share equally"
+    elif (counts != counts[0]).any():
+        other = int(np.argmax(counts != counts[0]))
+        return (
+            f"row 0 keeps {counts[0]} channels and row {other} keeps {counts[other]}; all rows must keep equally many"
+        )
+    return ""
+
+
+def rows_are_units(rows: np.ndarray) -> bool:
+    """Whether every row is one unit repeated: a row then goes as a whole and the others keep their size."""
+    return bool((rows == rows[:, :1]).all() and (rows[:, 0] >= 0).all())
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The kept counts that a plan's constraints allow.
+
+    atom: ``(n_units,)`` atom of each unit. atom_size, atom_group: ``(n_atoms,)``. cluster: ``(n_groups,)`` cluster of
+    each group. levels: ``(n_clusters,)`` the q of each cluster. allowed: per cluster the sorted j in 1..q that may be
+    chosen (q, everything, always among them); group g then keeps ``n_units * j / q`` units. rounded: per cluster, the
+    number of channels that its widths are a multiple of (the whole width apart). asked_rounding: what was asked.
+    """
+
+    atom: np.ndarray
+    atom_size: np.ndarray
+    atom_group: np.ndarray
+    cluster: np.ndarray
+    levels: np.ndarray
+    allowed: tuple[np.ndarray, ...]
+    rounded: np.ndarray
+    asked_rounding: int
+
+    @property
+    def group_sizes(self) -> np.ndarray:
+        return np.bincount(self.atom_group, weights=self.atom_size, minlength=len(self.cluster)).astype(np.int64)
+
+    def counts(self, chosen: np.ndarray) -> np.ndarray:
+        """Kept units per group when cluster ``c`` keeps ``chosen[c]`` of its levels."""
+        return self.group_sizes * chosen[self.cluster] // self.levels[self.cluster]
+
+
+def lattice(plan: Plan, norm_groups: str = "count", round_to: int = 1) -> Lattice:
+    """Work out which kept counts hold all constraints of ``plan`` at once.
+
+    round_to: widths become multiples of so many channels wherever that leaves a choice; a cluster where it doesn't
+    uses the largest divisor of ``round_to`` that does (see ``Lattice.rounded``).
+
+    Raises ValueError for an unknown ``norm_groups``.
+    """
+    check_norm_groups(norm_groups)
+    sizes = np.diff(plan.offsets)
+    group_of = np.repeat(np.arange(len(sizes)), sizes)
+    strict, steps, pinned = _sort_constraints(plan, norm_groups, group_of)
+    cluster = _clusters(strict, group_of, len(sizes))
+    atom, atom_size, atom_group = _atoms(strict, group_of)
+
+    n_clusters = int(cluster.max()) + 1 if len(cluster) else 0
+    levels = _gcd_by(cluster[atom_group], atom_size, n_clusters)
+    per_level = sizes // levels[cluster]
+    # A step of the cluster must be a whole number of steps for each of its groups.
+    stride = _lcm_by(cluster, steps // np.gcd(steps, per_level), n_clusters)
+    stride[np.unique(cluster[pinned])] = levels[np.unique(cluster[pinned])]
+    choices = [np.arange(q, 0, -s)[::-1] for q, s in zip(levels.tolist(), stride.tolist(), strict=True)]
+    allowed, rounded = _round_widths(plan, cluster, per_level, choices, round_to)
+    return Lattice(atom, atom_size, atom_group, cluster, levels, tuple(allowed), rounded, round_to)
+
+
+def _sort_constraints(
+    plan: Plan, norm_groups: str, group_of: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Rows that must stay equal, a step of the kept count per group, and the groups that have to stay whole."""
+    strict: list[np.ndarray] = []
+    steps = np.ones(len(plan.groups), np.int64)
+    pinned = np.zeros(len(plan.groups), bool)
+    for constraint in plan.constraints:
+        rows = constraint.rows
+        units = rows[rows >= 0]
+        if units.size == 0 or rows_are_units(rows):
+            continue
+        stays = (rows < 0).sum(axis=1)
+        even = bool((stays == stays[0]).all())
+        groups = np.unique(group_of[units])
+        if constraint.kind == "norm" and norm_groups == "count" and (len(groups) > 1 or not even):
+            uses = np.bincount(units, minlength=len(group_of))
+            per_unit = [np.unique(uses[plan.offsets[g] : plan.offsets[g + 1]]) for g in groups]
+            if all(len(u) == 1 for u in per_unit):
+                for g, u in zip(groups.tolist(), per_unit, strict=True):
+                    steps[g] = math.lcm(int(steps[g]), len(rows) // math.gcd(len(rows), int(u[0])))
+                continue
+        strict.append(rows)
+        if not even:  # equal shares of unequal rows are equal counts only when nothing goes
+            pinned[groups] = True
+    return strict, steps, pinned
+
+
+def _clusters(strict: Sequence[np.ndarray], group_of: np.ndarray, n_groups: int) -> np.ndarray:
+    pairs = [np.unique(group_of[rows[rows >= 0]]) for rows in strict]
+    a = np.concatenate([np.repeat(p[:1], len(p)) for p in pairs]) if pairs else np.zeros(0, np.int64)
+    b = np.concatenate(pairs) if pairs else np.zeros(0, np.int64)
+    edges = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(n_groups, n_groups))
+    return connected_components(edges, directed=False)[1].astype(np.int64) if n_groups else np.zeros(0, np.int64)
+
+
+def _atoms(strict: Sequence[np.ndarray], group_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Units of one group that stand equally often in the same rows, as (atom of unit, sizes, groups)."""
+    signature = _scatter_bits(group_of.astype(np.uint64))
+    first = len(group_of)
+    for rows in strict:
+        # A sum of well-scattered row numbers tells multisets of rows apart (64 bits, some 10^5 units).
+        bits = np.repeat(_scatter_bits(np.arange(first, first + len(rows), dtype=np.uint64)), rows.shape[1])
+        flat = rows.reshape(-1)
+        np.add.at(signature, flat[flat >= 0], bits[flat >= 0])
+        first += len(rows)
+    _, where, atom, size = np.unique(signature, return_index=True, return_inverse=True, return_counts=True)
+    return atom.reshape(-1), size, group_of[where]
+
+
+def _scatter_bits(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _gcd_by(owner: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+    out = np.zeros(n, np.int64)
+    np.gcd.at(out, owner, values)
+    return out
+
+
+def _lcm_by(owner: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+    out = np.ones(n, np.int64)
+    np.lcm.at(out, owner, values)
+    return out
+
+
+def _round_widths(
+    plan: Plan, cluster: np.ndarray, per_level: np.ndarray, choices: Sequence[np.ndarray], round_to: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Leave the choices whose widths, in channels, are multiples of ``round_to`` (or of a divisor, if need be)."""
+    n_clusters = len(choices)
+    divisors = [d for d in range(round_to, 0, -1) if round_to % d == 0]
+    strides = []
+    for divisor in divisors:
+        need = np.array(
+            [
+                math.lcm(1, *(divisor // math.gcd(divisor, m.index.shape[1]) for m in group.members))
+                for group in plan.groups
+            ],
+            np.int64,
+        )
+        strides.append(_lcm_by(cluster, need // np.gcd(need, per_level), n_clusters))
+    allowed, rounded = [], np.ones(n_clusters, np.int64)
+    for c, all_of_it in enumerate(choices):
+        for divisor, stride in zip(divisors, strides, strict=True):
+            some = all_of_it[(all_of_it % stride[c] == 0) | (all_of_it == all_of_it[-1])]
+            if len(some) > 1 or divisor == 1 or len(all_of_it) == 1:
+                allowed.append(some)
+                rounded[c] = divisor
+                break
+    return allowed, rounded
