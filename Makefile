@@ -1,0 +1,68 @@
+# The project's habits. Everything runs in a virtual environment of its own, made on first use; `make clean` removes it.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+# What pip installs for PyTorch, before the package itself. Override it to get another build, for example
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"     CPU only, from PyTorch's own index
+#   make test TORCH="torch>=2.6"                                                 whatever the index has newest
+TORCH ?= torch==2.13.0
+
+# Further arguments: make demo DEMO_ARGS=--quick; make test TEST_ARGS="tests/test_report.py -k table"
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What the installed package is built from: a change here installs it anew.
+BUILD_FILES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo     prune a real model, compare it, write demo/report.html (about 5 minutes)"
+	@echo "make test     all tests"
+	@echo "make lint     ruff, mypy, clang-format: what a change has to pass"
+	@echo "make format   let ruff and clang-format rewrite the files"
+	@echo "make bench    kernels against their references, timed on this machine"
+	@echo "make clean    remove the virtual environment and everything built"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(PIP) install --quiet $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(BUILD_FILES) $(VENV)/.torch
+	$(PIP) install --quiet --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(BUILD_FILES) $(VENV)/.torch
+	$(PIP) install --quiet --editable ".[demo,test,dev]"
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/digits/demo.py --out demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy diffprune_fast
+	$(if $(SOURCES),$(BIN)/clang-format --dry-run --Werror $(SOURCES))
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find diffprune_fast -name '*.so' -delete

@@ -1,0 +1,11 @@
+"""What a pruned model is worth: samples from one noise, held-out loss, likeness, time, size."""
+
+from __future__ import annotations
+
+from .complexity import complexity
+from .loss import diffusion_loss
+from .sampling import sample
+from .similarity import ssim
+from .timing import seconds_per_image
+
+__all__ = ["complexity", "diffusion_loss", "sample", "seconds_per_image", "ssim"]

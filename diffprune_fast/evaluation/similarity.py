@@ -1,0 +1,27 @@
+"""How alike two models' images are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+WINDOW = 11
+
+
+def ssim(images: Tensor, reference: Tensor) -> float:
+    """Mean structural similarity of every image to its counterpart; 1 for equal images.
+
+    images, reference: ``(n, channels, height, width)`` in [-1, 1], made from the same noise, at least 11 pixels each
+    way. Raises ValueError when their shapes differ or they are smaller than the window.
+    Source: Wang et al., 2004 (Gaussian window of 11 pixels, sigma 1.5; whole windows only), computed by torchmetrics.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if images.shape != reference.shape:
+        raise ValueError(
+            f"images are {tuple(images.shape)} and the reference is {tuple(reference.shape)}: sample both models from "
+            "the same noise"
+        )
+    if min(images.shape[-2:]) < WINDOW:
+        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels: SSIM's window needs at least {WINDOW} each way")
+    score = structural_similarity_index_measure(images.float(), reference.float(), sigma=1.5, data_range=2.0)
+    return float(score)

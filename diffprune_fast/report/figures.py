@@ -1,0 +1,122 @@
+"""The pictures: sample grids, the loss curve with its threshold, kept channels per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from ..tracing import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..scoring import LossCurve
+
+INK, ACCENT, PALE, MUTED = "#1f2933", "#2563eb", "#dbe4f3", "#6b7785"
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure that belongs to no window and no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=160, facecolor="white", layout="constrained")
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=8)
+
+
+def sample_grids(grids: Mapping[str, Tensor], *, columns: int = 8) -> Figure:
+    """Every model's samples as a grid, side by side, in the same order; dark on light for single-channel images.
+
+    grids: title to ``(n, channels, height, width)`` in [-1, 1], 1 or 3 channels. Raises ValueError when there is no
+    grid, or the grids' shapes differ.
+    """
+    shapes = {tuple(images.shape) for images in grids.values()}
+    if len(shapes) != 1:
+        raise ValueError(f"the grids' images are {sorted(shapes)}: pass at least one grid, all made from the same noise")
+    n, channels = next(iter(shapes))[:2]
+    if channels not in (1, 3):
+        raise ValueError(f"images have {channels} channels: decode latents to 1 or 3 channels first")
+    rows = -(-n // columns)
+    figure = _figure(3.2 * len(grids), 3.2 * rows / columns + 0.35)
+    for axes, (title, images) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
+        picture = _tile(images, columns)
+        axes.imshow(picture[..., 0] if channels == 1 else picture, cmap="gray_r", vmin=0, vmax=1)
+        axes.set_title(title, fontsize=10, color=INK)
+        axes.set_axis_off()
+    return figure
+
+
+def _tile(images: Tensor, columns: int) -> np.ndarray:
+    """``(rows * height, columns * width, channels)`` in [0, 1]; missing images are left blank."""
+    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    n, height, width, channels = pixels.shape
+    rows = -(-n // columns)
+    blank = 0.0 if channels == 1 else 1.0
+    padded = np.full((rows * columns, height, width, channels), blank, pixels.dtype)
+    padded[:n] = pixels
+    grid = padded.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * height, columns * width, channels)
+
+
+def loss_curve(curve: LossCurve) -> Figure:
+    """The loss at each timestep relative to its largest, with the threshold that says which timesteps are scored."""
+    timesteps, relative = np.asarray(curve.timesteps), np.asarray(curve.relative)
+    order = np.argsort(timesteps)
+    timesteps, relative = timesteps[order], relative[order]
+    figure = _figure(6.4, 3.0)
+    axes = figure.subplots()
+    _plain(axes)
+    axes.plot(timesteps, relative, color=ACCENT, marker="o", markersize=3.5, linewidth=1.4)
+    used = relative > curve.threshold
+    lowest = min(float(relative[relative > 0].min()), curve.threshold or 1.0)
+    axes.set_yscale("log")
+    axes.set_ylim(lowest * 0.6, 1.6)
+    if curve.threshold > 0:
+        axes.axhline(curve.threshold, color=INK, linewidth=0.9, linestyle="--")
+        axes.annotate(
+            f"threshold {curve.threshold:g}",
+            (timesteps[-1], curve.threshold),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=INK,
+        )
+    axes.fill_between(timesteps, lowest * 0.6, relative, where=used, color=PALE, linewidth=0, label="scored timesteps")
+    axes.set_xlabel("timestep t", fontsize=9, color=INK)
+    axes.set_ylabel("loss relative to largest", fontsize=9, color=INK)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    return figure
+
+
+def kept_channels(plan: Plan, keep: Mapping[str, np.ndarray]) -> Figure:
+    """One bar per group: how many of its units stay, of how many."""
+    names = [group.name for group in plan.groups]
+    if not names:
+        raise ValueError("the plan has no groups: nothing in this model can be removed")
+    full, kept = plan.counts(), plan.counts(keep)
+    share = kept / full
+    place = np.arange(len(names))
+    figure = _figure(7.6, 0.21 * len(names) + 0.6)
+    axes = figure.subplots()
+    _plain(axes)
+    axes.barh(place, 1.0, color=PALE, height=0.72)
+    axes.barh(place, share, color=ACCENT, height=0.72)
+    for y, (k, n) in enumerate(zip(kept.tolist(), full.tolist(), strict=True)):
+        axes.text(1.01, y, f"{k} of {n}", va="center", fontsize=7, color=INK)
+    axes.set_yticks(place, names, fontsize=7, color=INK)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 1.0)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])
+    axes.set_xlabel("units that stay", fontsize=8, color=INK)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return figure

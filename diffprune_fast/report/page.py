@@ -1,0 +1,111 @@
+"""One self-contained HTML page: the table, the pictures and how they came to be."""
+
+from __future__ import annotations
+
+import base64
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .table import HEADINGS, Measured, cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..result import PruneResult
+
+
+def write_report(
+    path: str | Path,
+    rows: Sequence[Measured],
+    figures: Mapping[str, tuple[Figure, str]],
+    *,
+    title: str,
+    summary: str = "",
+    result: PruneResult | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the page to ``path`` and return it. Images are inside the file, nothing is loaded from elsewhere.
+
+    rows: the original's measurements, then every pruned model's. figures: heading to the figure and the sentence below
+    it. result: adds what was asked and met, the scoring's trust and time per stage. notes: further lines of the last
+    table. Raises ValueError when there is no row.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    if not rows:
+        raise ValueError("there is no row to show: pass the original's measurements first")
+    environment = Environment(
+        loader=PackageLoader("diffprune_fast.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    html = environment.get_template("page.html.j2").render(
+        title=title,
+        summary=summary,
+        headings=HEADINGS,
+        rows=[cells(row, rows[0]) for row in rows],
+        headline=headline(rows[0], rows[1]) if len(rows) > 1 else [],
+        figures=[(heading, embedded(figure), text) for heading, (figure, text) in figures.items()],
+        facts={**_facts_of(result), **(notes or {}), **versions()},
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    path = Path(path)
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def headline(original: Measured, pruned: Measured) -> list[tuple[str, str]]:
+    """The figures on top of the page: (number, what it is)."""
+    top = [
+        (f"{100 * pruned.params / original.params:.0f}%", "of the parameters"),
+        (f"{100 * pruned.macs / original.macs:.0f}%", "of the MACs"),
+    ]
+    if original.seconds_per_image and pruned.seconds_per_image:
+        top.append((f"{original.seconds_per_image / pruned.seconds_per_image:.2f}×", "as fast, on this machine"))
+    loss = pruned.loss if pruned.loss_finetuned is None else pruned.loss_finetuned
+    top.append((f"{loss:.4f}", f"held-out loss (original {original.loss:.4f})"))
+    return top
+
+
+def embedded(figure: Figure) -> str:
+    """The figure as a ``data:`` address of a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _facts_of(result: PruneResult | None) -> dict[str, str]:
+    if result is None:
+        return {}
+    facts = {}
+    if result.selection is not None:
+        facts["asked for"] = result.selection.asked
+        facts["met"] = result.selection.met
+        for i, note in enumerate(result.selection.notes):
+            facts["note" if i == 0 else f"note {i + 1}"] = note
+        facts["ranking"] = result.selection.ranking
+    facts["norm groups"] = result.norm_groups
+    if result.scores is not None:
+        scores = result.scores
+        facts["scores"] = f"{scores.criterion}, estimator {scores.estimator}, {scores.samples} samples"
+        if scores.agreement is not None:
+            facts["split-half agreement"] = f"{scores.agreement:.3f} (two halves of the samples, same kept units)"
+    if result.seconds:
+        facts["time"] = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    if result.seed is not None:
+        facts["seed"] = str(result.seed)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """The versions of what made the page, and the machine's kind."""
+    found = []
+    for name in ("diffprune_fast", "torch", "diffusers"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} (not installed)")
+    return {"versions": ", ".join(found), "machine": f"{platform.system()} {platform.machine()}"}
