@@ -1,0 +1,156 @@
+"""Endless micro-batches from whatever the user's loader is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .conditioning import map_tensors
+from .objectives import images_of
+
+# What a loader that can be walked only once may leave in memory, to be seen again.
+CACHE_BYTES = 1 << 30
+
+
+class Batches:
+    """Batches of a loader, drawn for ever; its first batch is there, checked, before anything else happens.
+
+    loader: any iterable of batches. A loader that is its own iterator (a generator) is walked once; what it yielded is
+    kept (up to ``CACHE_BYTES``) and seen again. check: called with every batch; raises for a bad one.
+
+    Raises ValueError for an empty loader, TypeError for something that isn't iterable.
+    """
+
+    def __init__(self, loader: Iterable[Any], check: Callable[[Any], None]) -> None:
+        if isinstance(loader, Tensor):
+            loader = [loader]
+        if loader is None or not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, Mapping)):
+            raise TypeError(
+                f"loader must be an iterable of batches, such as a DataLoader or a list of tensors; it is {loader!r:.80}"
+            )
+        self._loader, self._check = loader, check
+        self._iterator: Iterator[Any] = iter(loader)
+        self._once = self._iterator is loader
+        self._cache: list[Any] = []
+        self._room = CACHE_BYTES
+        self._left: Any = None
+        self.first = self._draw(empty="the loader is empty: scoring needs at least one batch of images")
+        self._pending: list[Any] = [self.first]
+
+    def take(self, size: int) -> Any:
+        """The next ``size`` samples; fewer where batches can't be joined (images of another size, no tensors)."""
+        while self._left is None or count(self._left) < size:
+            batch = self._pending.pop() if self._pending else self._draw()
+            joined = batch if self._left is None else join(self._left, batch)
+            if joined is None:
+                self._left, out = batch, self._left
+                return out
+            self._left = joined
+        out, rest = part(self._left, 0, size), part(self._left, size, None)
+        self._left = rest if count(rest) else None
+        return out
+
+    def _draw(self, empty: str | None = None) -> Any:
+        for attempt in (0, 1):
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                if attempt or empty:
+                    break
+                self._iterator = iter(self._cache) if self._once else iter(self._loader)
+                continue
+            self._check(batch)
+            self._remember(batch)
+            return batch
+        raise ValueError(
+            empty
+            or "the loader yielded nothing when it was walked a second time: pass a DataLoader or a list of batches, "
+            "or one that holds max_samples images"
+        )
+
+    def _remember(self, batch: Any) -> None:
+        """Keep a batch of a loader that can't be walked again, while there is room (the first one always)."""
+        if not self._once or (self._cache and self._iterator is not self._loader):
+            return
+        size = sum(x.nbytes for x in tensors(batch))
+        if size <= self._room or not self._cache:
+            self._room -= size
+            self._cache.append(batch)
+
+
+def check_images(model: nn.Module, batch: Any, *, channels: bool = True) -> None:
+    """Raise ValueError unless the batch's images are finite floats with the model's number of channels.
+
+    channels: False skips the comparison with ``model.config.in_channels`` (a custom ``loss_fn`` may add channels).
+    """
+    images = images_of(batch)
+    if not images.is_floating_point():
+        raise ValueError(f"the loader yields {images.dtype} images; give floats, as in training (usually in [-1, 1])")
+    if images.numel() == 0:
+        raise ValueError(f"the loader yields an empty batch of shape {tuple(images.shape)}")
+    if not bool(images.isfinite().all()):
+        bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        raise ValueError(f"NaN or infinity in the loader's images (positions {bad[:8]} of a batch of {len(images)})")
+    wanted = in_channels(model) if channels else None
+    if wanted is not None and images.shape[1] != wanted:
+        raise ValueError(
+            f"the model takes images of {wanted} channels, the loader yields {images.shape[1]} "
+            f"(batch of shape {tuple(images.shape)})"
+        )
+
+
+def in_channels(model: nn.Module) -> int | None:
+    """Channels of the model's images: ``config.in_channels``, else those of its first convolution, else unknown."""
+    config = getattr(model, "config", None) or {}
+    configured = config.get("in_channels") if isinstance(config, Mapping) else getattr(config, "in_channels", None)
+    if isinstance(configured, int):
+        # Packed latents (Flux and its kin) are (batch, tokens, channels): the second dim is not the channels.
+        return configured if any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in model.modules()) else None
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    return None if first is None else first.in_channels
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """Every tensor in a batch's structure."""
+    found: list[Tensor] = []
+    map_tensors(batch, lambda x: (found.append(x), x)[1])  # type: ignore[func-returns-value]
+    return found
+
+
+def count(batch: Any) -> int:
+    """Samples in a batch: the length of its images."""
+    return len(images_of(batch))
+
+
+def part(batch: Any, start: int, stop: int | None) -> Any:
+    """Some of a batch's samples: every tensor with one row per sample is cut, everything else stays whole."""
+    n = count(batch)
+    return map_tensors(batch, lambda x: x[start:stop] if x.ndim and len(x) == n else x)
+
+
+def join(a: Any, b: Any) -> Any:
+    """Two batches as one, or None where their structures or images don't fit together."""
+    left, right = tensors(a), tensors(b)
+    if len(left) != len(right):
+        return None
+    n, m = count(a), count(b)
+    both: list[Tensor] = []
+    for x, y in zip(left, right):
+        rows = x.ndim > 0 and y.ndim > 0 and len(x) == n and len(y) == m
+        if rows and x.shape[1:] == y.shape[1:] and x.dtype == y.dtype:
+            both.append(torch.cat([x, y.to(x.device)]))
+        elif not rows and x.shape == y.shape and torch.equal(x, y.to(x.device)):
+            both.append(x)
+        else:
+            return None
+    each = iter(both)
+    return map_tensors(a, lambda _: next(each))
+
+
+def repeated(batch: Any, times: int) -> Any:
+    """The batch, ``times`` times over: all samples, then all samples again."""
+    n = count(batch)
+    return map_tensors(batch, lambda x: x.repeat(times, *[1] * (x.ndim - 1)) if x.ndim and len(x) == n else x)
