@@ -1,0 +1,103 @@
+"""What the pruned model must meet, and the error for what cannot be met."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+
+import numpy as np
+
+from ..tracing import Plan
+
+BUDGETS = ("ratio", "params", "macs")
+DEFAULT_RATIO = 0.3
+UNITS = {"params": "parameters", "macs": "MACs"}
+
+
+class BudgetError(ValueError):
+    """A budget that this model can't meet; the message says how far one can get."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """kind: ``"ratio"`` (share of units that goes), ``"params"`` or ``"macs"`` (what stays).
+
+    value: a share in (0, 1), or, for params and macs, a number of parameters or MACs from 1 upwards.
+    """
+
+    kind: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}" if self.value < 1 else f"{self.kind}={int(self.value):,}"
+
+    def limit(self, whole: int) -> float:
+        """The most parameters or MACs that may stay of ``whole``."""
+        return self.value * whole if self.value < 1 else self.value
+
+
+def parse_budget(asked: Mapping[str, float | None]) -> Budget:
+    """Read one budget from ``{"ratio": ..., "params": ..., "macs": ...}``; None is not asked, nothing is ratio 0.3.
+
+    Raises TypeError for a name that isn't a budget or a value that isn't a number; ValueError for two budgets at once
+    or a value out of range.
+    """
+    for name in asked:
+        if name not in BUDGETS:
+            near = difflib.get_close_matches(name, BUDGETS, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise TypeError(f"{name!r} is not a budget{hint}: give one of {', '.join(BUDGETS)}")
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) > 1:
+        both = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"{both}: give one budget, not {len(given)}")
+    if not given:
+        return Budget("ratio", DEFAULT_RATIO)
+    ((name, value),) = given.items()
+    check_number(name, value)
+    if name == "ratio":
+        check_ratio("ratio", value)
+    elif value <= 0 or value == 1 or math.isnan(value) or math.isinf(value):
+        raise ValueError(
+            f"{name}={value}: give the share that stays, between 0 and 1 (0.5 keeps half), or a number of "
+            f"{UNITS[name]} above 1"
+        )
+    return Budget(name, float(value))
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.number)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+
+
+def check_ratio(name: str, value: float, *, none_allowed: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a share of units that may go."""
+    if not (0 < value < 1 or (none_allowed and value == 0)):
+        lowest = "0 <=" if none_allowed else "0 <"
+        raise ValueError(f"{name}={value}: the share of units to remove must be {lowest} {name} < 1 (0.3 removes 30 %)")
+
+
+def match_groups(plan: Plan, patterns: Sequence[str], what: str) -> list[np.ndarray]:
+    """Per pattern, which groups it names: ``(n_groups,)`` bool.
+
+    A pattern (``fnmatch``: ``*``, ``?``, ``[...]``) names a group by its name or by any parameter in it.
+
+    Raises ValueError for a pattern that names nothing, which is a typing mistake more often than not.
+    """
+    masks = []
+    for pattern in patterns:
+        matches = re.compile(translate(pattern)).match
+        mask = np.array(
+            [bool(matches(g.name)) or any(matches(m.parameter) for m in g.members) for g in plan.groups], bool
+        )
+        if not mask.any():
+            near = difflib.get_close_matches(pattern, [m.parameter for g in plan.groups for m in g.members], 1, 0.5)
+            hint = f" (is it {near[0]!r}?)" if near else ""
+            raise ValueError(f"{what}: {pattern!r} matches no group and no prunable parameter{hint}")
+        masks.append(mask)
+    return masks
