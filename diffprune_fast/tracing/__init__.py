@@ -1,5 +1,53 @@
 """Which channels go together: one forward on ``meta`` with a label beside every activation."""
 
-from .plan import Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
+from __future__ import annotations
 
-__all__ = ["Attribute", "Constraint", "Cost", "Extents", "Group", "Member", "Plan", "ScaleFix"]
+from typing import Any
+
+from torch import nn
+
+from .grouping import build_plan
+from .inputs import calls_of
+from .labels import Graph
+from .plan import Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
+from .walk import Nodes, TraceError, Walk
+
+__all__ = [
+    "Attribute",
+    "Constraint",
+    "Cost",
+    "Extents",
+    "Group",
+    "Member",
+    "Plan",
+    "ScaleFix",
+    "TraceError",
+    "trace",
+]
+
+
+def trace(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> Plan:
+    """Find which channels of a model must be removed together.
+
+    The forward runs once on the meta device: no weight is read, no memory is taken for weights or activations, and
+    the model is untouched when it ends. diffusers classes make their own ``example_inputs``; for others, give the
+    forward's positional arguments as a tuple or its keyword arguments as a dict (their shapes count, not their
+    values). Costs in the plan are those of one forward of these inputs.
+
+    Raises:
+        TraceError: the forward failed or depends on the data; the message names the module.
+    """
+    calls = calls_of(model, example_inputs)
+    nodes = Nodes.of(model)
+    walk = Walk(model, nodes, Graph(nodes.total))
+    try:
+        walk.go(model, calls)
+    except TraceError:
+        raise
+    except Exception as error:
+        where = f" in {walk.stack[-1]!r}" if walk.stack else ""
+        raise TraceError(
+            f"the forward of {type(model).__name__} failed on the meta device{where}: {error}. Check example_inputs "
+            "(shapes and names of the forward's arguments)."
+        ) from error
+    return build_plan(model, walk)

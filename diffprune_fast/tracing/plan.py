@@ -80,16 +80,19 @@ class Attribute:
     module: str
     name: str
     extent: int
-    divisor: int = 1
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates of one operation, for one sample: ``scale`` times the product of its extents."""
+    """Multiply-accumulates of one operation: ``scale`` times the product of its extents.
+
+    attention: a product of two activations (there are no weights in it).
+    """
 
     place: str
     scale: int
     extents: tuple[int, ...]
+    attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Plan:
 
     groups: what can be removed. constraints: which kept counts must agree. frozen: place (``"conv_in.weight:1"``) to
     the reason why its channels stay. shapes: every parameter and floating-point buffer, by its first name.
+    constants: the numbers that the forward used, in order; a sliced model must use the same.
     """
 
     model_class: str
@@ -124,6 +128,7 @@ class Plan:
     attributes: tuple[Attribute, ...] = ()
     costs: tuple[Cost, ...] = ()
     extents: Extents = field(default_factory=lambda: Extents(np.zeros(0), np.zeros((0, 0))))
+    constants: tuple[tuple[str, float], ...] = ()
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -183,18 +188,24 @@ class Plan:
         return int(total.sum())
 
     @cached_property
-    def _cost_table(self) -> tuple[np.ndarray, np.ndarray]:
+    def _cost_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         width = max((len(c.extents) for c in self.costs), default=1)
         index = np.full((len(self.costs), width), len(self.extents.base), np.int64)
         for i, cost in enumerate(self.costs):
             index[i, : len(cost.extents)] = cost.extents
-        return np.array([c.scale for c in self.costs], np.float64), index
+        scale = np.array([c.scale for c in self.costs], np.float64)
+        return scale, index, np.array([not c.attention for c in self.costs], bool)
 
-    def macs(self, keep: Keep | np.ndarray | None = None) -> int:
-        """Multiply-accumulates of one forward of one sample with ``keep``, by arithmetic."""
-        scale, index = self._cost_table
+    def macs(self, keep: Keep | np.ndarray | None = None, *, attention: bool = False) -> int:
+        """Multiply-accumulates of one forward of the example inputs with ``keep``, by arithmetic.
+
+        Convolutions and linear layers are counted, as in the paper's tables; ``attention=True`` adds the products of
+        queries, keys and values.
+        """
+        scale, index, weighted = self._cost_table
         sizes = np.append(self.extents.at(self.counts(keep)), 1)
-        return int(round(float((scale * sizes[index].prod(axis=1)).sum())))
+        macs = scale * sizes[index].prod(axis=1)
+        return int(round(float(macs.sum() if attention else macs[weighted].sum())))
 
     def to_json(self) -> str:
         """The plan as JSON text; :meth:`from_json` gives an equal plan."""
@@ -292,8 +303,9 @@ def _encode(plan: Plan) -> dict[str, Any]:
             }
             for f in plan.scale_fixes
         ],
-        "attributes": [[a.module, a.name, a.extent, a.divisor] for a in plan.attributes],
-        "costs": [[c.place, c.scale, list(c.extents)] for c in plan.costs],
+        "attributes": [[a.module, a.name, a.extent] for a in plan.attributes],
+        "constants": [list(c) for c in plan.constants],
+        "costs": [[c.place, c.scale, list(c.extents), c.attention] for c in plan.costs],
         "extents": {
             "base": plan.extents.base.tolist(),
             "n_groups": len(plan.groups),
@@ -326,6 +338,7 @@ def _decode(d: Mapping[str, Any]) -> Plan:
             for f in d["scale_fixes"]
         ),
         attributes=tuple(Attribute(*a) for a in d["attributes"]),
-        costs=tuple(Cost(p, s, tuple(e)) for p, s, e in d["costs"]),
+        costs=tuple(Cost(p, s, tuple(e), a) for p, s, e, a in d["costs"]),
         extents=Extents(base, per_group),
+        constants=tuple((p, v) for p, v in d["constants"]),
     )

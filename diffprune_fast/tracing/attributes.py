@@ -1,0 +1,32 @@
+"""Module attributes that forwards read and that follow the widths, beyond what the ops' own rules tell."""
+
+from __future__ import annotations
+
+# class -> attributes that hold the number of channels of the module's input
+INPUT_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "Upsample1D": ("channels",),
+    "Upsample2D": ("channels",),
+    "Downsample1D": ("channels",),
+    "Downsample2D": ("channels",),
+    "FirUpsample2D": ("channels",),
+    "FirDownsample2D": ("channels",),
+}
+
+# class -> attribute -> (parameter below the module, dim) whose size it holds
+PARAMETER_ATTRIBUTES: dict[str, dict[str, tuple[str, int]]] = {
+    "Attention": {
+        "query_dim": ("to_q.weight", 1),
+        "inner_dim": ("to_q.weight", 0),
+        "inner_kv_dim": ("to_k.weight", 0),
+        "cross_attention_dim": ("to_k.weight", 1),
+        "out_dim": ("to_out.0.weight", 0),
+    },
+    "ResnetBlock2D": {"in_channels": ("conv1.weight", 1), "out_channels": ("conv2.weight", 0)},
+    "Upsample2D": {"out_channels": ("conv.weight", 0)},
+    "Downsample2D": {"out_channels": ("conv.weight", 0)},
+}
+
+# class -> why its parameters stay
+FROZEN_CLASSES: dict[str, str] = {
+    "MultiheadAttention": "torch.nn.MultiheadAttention insists on square projections",
+}

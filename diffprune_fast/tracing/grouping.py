@@ -1,0 +1,207 @@
+"""From the walk's edges to the plan's groups: connected components, then equal signatures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+
+from .attributes import PARAMETER_ATTRIBUTES
+from .labels import Graph
+from .plan import Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
+from .walk import Nodes, Walk
+
+UNUSED = "the forward doesn't use it as channels"
+
+
+def build_plan(model: nn.Module, walk: Walk) -> Plan:
+    """Turn a finished walk into a plan."""
+    nodes, graph = walk.nodes, walk.graph
+    component, frozen_reason = _components(graph)
+    places = list(nodes.start)
+    starts = np.array([nodes.start[p] for p in places] + [nodes.total], np.int64)
+    free = np.flatnonzero((component >= 0) & (frozen_reason[component] < 0))
+    unit_of, tables = _group(component, free, starts)
+    groups = _named_groups(nodes, places, starts, tables)
+    offsets = np.concatenate([[0], np.cumsum([g.n_units for g in groups])]).astype(np.int64)
+    extents, costs, attributes = _extents(model, walk, unit_of, offsets, groups)
+    return Plan(
+        model_class=type(model).__name__,
+        groups=groups,
+        constraints=_constraints(graph, unit_of, offsets),
+        frozen=_frozen(graph, component, frozen_reason, places, starts),
+        shapes=nodes.shapes,
+        buffers=nodes.buffers,
+        scale_fixes=tuple(
+            [
+                ScaleFix(s.place, s.n_dims, unit_of[s.first_row], s.targets)
+                for s in walk.scales
+                if (unit_of[s.first_row] >= 0).any()
+            ]
+        ),
+        attributes=attributes,
+        costs=costs,
+        extents=extents,
+        constants=tuple(walk.constants),
+    )
+
+
+def _components(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """Component per node (-1: untouched), and per component the index of the first reason to freeze it (-1: none)."""
+    empty = np.zeros(0, np.int32)
+    a = np.concatenate([e[0] for e in graph.edges] or [empty])
+    b = np.concatenate([e[1] for e in graph.edges] or [empty])
+    touched = np.zeros(graph.n_nodes, bool)
+    touched[a] = touched[b] = True
+    inner = (a != 0) & (b != 0) & (a != b)
+    matrix = coo_matrix((np.ones(int(inner.sum()), np.int8), (a[inner], b[inner])), shape=(graph.n_nodes,) * 2)
+    n, component = connected_components(matrix.tocsr(), directed=False)
+    reason = np.full(n + 1, -1, np.int64)
+    outer = (a == 0) | (b == 0)
+    if outer.any():
+        # frozen by an edge to "always stays": the reason is the op that made the edge
+        owner = np.repeat(np.arange(len(graph.edges)), [e[0].size for e in graph.edges])[outer]
+        reason[component[np.maximum(a, b)[outer]]] = len(graph.frozen) + owner
+    for i in range(len(graph.frozen) - 1, -1, -1):
+        f = graph.frozen[i][0]
+        touched[f] = True
+        reason[component[f]] = i
+    reason[component[0]] = max(reason[component[0]], 0)
+    touched[0] = False
+    return np.where(touched, component, -1), reason
+
+
+def _group(
+    component: np.ndarray, free: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, list[list[tuple[int, np.ndarray]]]]:
+    """Units with the same places and multiplicities form a group.
+
+    Returns the plan-wide unit per node (-1: stays), and per group its (place, index table) list.
+    """
+    unit_of = np.full(component.size, -1, np.int64)
+    if not free.size:
+        return unit_of, []
+    place = np.searchsorted(starts, free, side="right") - 1
+    _, unit = np.unique(component[free], return_inverse=True)
+    pair = unit * len(starts) + place
+    pairs, multiplicity = np.unique(pair, return_counts=True)
+    owner, where = pairs // len(starts), pairs % len(starts)
+    mixed = np.random.default_rng(0).integers(1, 2**63, len(starts), dtype=np.uint64)[where]
+    mixed *= multiplicity.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
+    signature = np.zeros(int(unit.max()) + 1, np.uint64)
+    np.add.at(signature, owner, mixed)
+    first = np.full(signature.size, component.size, np.int64)
+    np.minimum.at(first, unit, free)
+    _, kind = np.unique(signature, return_inverse=True)
+    lead = np.full(int(kind.max()) + 1, component.size, np.int64)
+    np.minimum.at(lead, kind, first)
+    rank = np.empty(lead.size, np.int64)
+    rank[np.argsort(lead)] = np.arange(lead.size)
+    kind = rank[kind]
+    order = np.lexsort((first, kind))
+    new_id = np.empty(order.size, np.int64)
+    new_id[order] = np.arange(order.size)
+    unit_of[free] = new_id[unit]
+    group_of_unit = kind[order]
+    tables: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(lead.size)]
+    by = np.lexsort((free, new_id[unit], place, group_of_unit[new_id[unit]]))
+    g, p, index = group_of_unit[new_id[unit]][by], place[by], free[by]
+    cuts = np.flatnonzero(np.diff(g) | np.diff(p)) + 1
+    n_units = np.bincount(group_of_unit)
+    for part in np.split(np.arange(by.size), cuts):
+        where_, group = int(p[part[0]]), int(g[part[0]])
+        tables[group].append((where_, (index[part] - starts[where_]).reshape(n_units[group], -1)))
+    return unit_of, tables
+
+
+def _named_groups(
+    nodes: Nodes, places: Sequence[tuple[str, int]], starts: np.ndarray, tables: list[list[tuple[int, np.ndarray]]]
+) -> tuple[Group, ...]:
+    used: dict[str, int] = {}
+    groups = []
+    for table in tables:
+        members = tuple([Member(places[p][0], places[p][1], index) for p, index in table])
+        producing = [m for m in members if m.dim == 0 and len(nodes.shapes[m.parameter]) > 1]
+        name = re.sub(r"\.weight$", "", (producing or list(members))[0].parameter)
+        used[name] = used.get(name, 0) + 1
+        if used[name] > 1:
+            name = f"{name}#{used[name]}"
+        groups.append(Group(name, len(members[0].index), members))
+    return tuple(groups)
+
+
+def _constraints(graph: Graph, unit_of: np.ndarray, offsets: np.ndarray) -> tuple[Constraint, ...]:
+    """The walk's constraints over units, without those that always hold and without repetitions."""
+    seen: set[tuple[str, bytes, tuple[int, ...]]] = set()
+    out = []
+    for c in graph.constraints:
+        rows = unit_of[c.rows]
+        if (rows < 0).all():
+            continue
+        if c.kind != "norm" and (rows == rows[:, :1]).all() and (rows >= 0).all():
+            continue
+        key = ("norm" if c.kind == "norm" else "", rows.tobytes(), rows.shape)
+        if key in seen:
+            continue
+        seen.add(key)
+        out.append(Constraint(c.kind, c.place, rows))
+    return tuple(out)
+
+
+def _frozen(
+    graph: Graph, component: np.ndarray, reason: np.ndarray, places: Sequence[tuple[str, int]], starts: np.ndarray
+) -> dict[str, str]:
+    found = {}
+    for i, (name, dim) in enumerate(places):
+        part = component[starts[i] : starts[i + 1]]
+        if (part < 0).all():
+            found[f"{name}:{dim}"] = UNUSED
+            continue
+        why = reason[part[part >= 0]]
+        if (why >= 0).any():
+            first = int(why[why >= 0][0])
+            n = len(graph.frozen)
+            found[f"{name}:{dim}"] = (
+                graph.frozen[first][1] if first < n else f"meets channels that stay in {graph.edges[first - n][2]}"
+            )
+    return found
+
+
+def _extents(
+    model: nn.Module, walk: Walk, unit_of: np.ndarray, offsets: np.ndarray, groups: tuple[Group, ...]
+) -> tuple[Extents, tuple[Cost, ...], tuple[Attribute, ...]]:
+    """Number the distinct label sets whose sizes costs and attributes follow."""
+    index: dict[bytes, int] = {}
+    sets: list[np.ndarray] = []
+
+    def number(layer: np.ndarray) -> int:
+        key = layer.tobytes()
+        if key not in index:
+            index[key] = len(sets)
+            sets.append(layer.reshape(-1))
+        return index[key]
+
+    costs = tuple([Cost(c.place, c.scale, tuple([number(x) for x in c.layers]), c.attention) for c in walk.costs])
+    attributes = [Attribute(m, a, number(x.astype(np.int32))) for (m, a), x in walk.attributes.items()]
+    known = set(walk.attributes)
+    for name, module in model.named_modules():
+        for attribute, (parameter, dim) in PARAMETER_ATTRIBUTES.get(type(module).__name__, {}).items():
+            start = walk.nodes.start.get((f"{name}.{parameter}".lstrip("."), dim))
+            if start is None or (name, attribute) in known or not isinstance(getattr(module, attribute, None), int):
+                continue
+            size = walk.nodes.shapes[f"{name}.{parameter}".lstrip(".")][dim]
+            attributes.append(Attribute(name, attribute, number(np.arange(start, start + size, dtype=np.int32))))
+    base = np.zeros(len(sets), np.int64)
+    per_group = np.zeros((len(sets), len(groups)), np.float64)
+    for i, s in enumerate(sets):
+        units = unit_of[s]
+        base[i] = int((units < 0).sum())
+        g = np.searchsorted(offsets, units[units >= 0], side="right") - 1
+        per_group[i] = np.bincount(g, minlength=len(groups)) / np.maximum(np.diff(offsets), 1)
+    if (per_group == per_group.round()).all():
+        per_group = per_group.astype(np.int64)
+    return Extents(base, per_group), costs, tuple(attributes)

@@ -1,0 +1,422 @@
+"""One rule per aten op: what the op does to the labels of its operands.
+
+A rule gets ``(walk, func, args, kwargs)`` and returns the op's output. To support an op, write a rule (or reuse one)
+and name the op in ``RULES``. An op without a rule is decomposed if PyTorch can, else it freezes all it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .labels import Labels, Layers, compress, varying
+
+if TYPE_CHECKING:
+    from .walk import Walk
+
+Rule = Callable[["Walk", Any, tuple[Any, ...], dict[str, Any]], Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(f: Rule) -> Rule:
+        RULES.update({f"aten::{n}": f for n in names})
+        return f
+
+    return register
+
+
+def shell(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An output that has a shape and no data: PyTorch's own meta kernels cost more than all our arithmetic."""
+    return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+def aligned(layers: Layers, ndim: int) -> Layers:
+    """Layers with size-1 dims in front, as broadcasting has it."""
+    return tuple([x if x.ndim == ndim else x.reshape((1,) * (ndim - x.ndim) + x.shape) for x in layers])
+
+
+def padded(shape: Sequence[int], ndim: int) -> tuple[int, ...]:
+    return (1,) * (ndim - len(shape)) + tuple(shape)
+
+
+def pass_through(layers: Layers, before: Sequence[int], after: Sequence[int]) -> tuple[Layers, Layers]:
+    """Layers along dims whose size an op left alone, and the others."""
+    same = tuple([x for x in layers if all(before[d] == after[d] for d in varying(x))])
+    return same, tuple([x for x in layers if not any(x is y for y in same)])
+
+
+# -- elementwise --------------------------------------------------------------------------------------------------------
+
+_IDENTITY = "alias contiguous clone detach detach_ dropout dropout_ to _to_copy lift_fresh requires_grad_ type_as positive"
+_LINEAR = "neg"
+_UNARY = """abs acos asin atan bernoulli ceil celu clamp clamp_ clamp_max clamp_min cos cosh elu elu_ erf exp expm1
+    feature_dropout floor gelu hardsigmoid hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ log log1p
+    logical_not log_sigmoid mish nan_to_num native_dropout ones_like zeros_like reciprocal relu relu_ relu6 round rsqrt
+    selu sigmoid sigmoid_ sign silu silu_ sin sinh softplus sqrt square tan tanh tanh_ threshold empty_like full_like
+    rand_like randn_like bitwise_not isnan isinf isfinite nan_to_num_ exp_ neg_ sqrt_ hardsigmoid_ mish_ fill_ zero_"""
+_BINARY = """add add_ sub sub_ rsub mul mul_ div div_ true_divide pow pow_ where maximum minimum fmod remainder eq ne lt
+    le gt ge logical_and logical_or bitwise_and bitwise_or addcmul addcdiv lerp copy_ atan2 floor_divide masked_fill
+    masked_fill_ prelu _prelu_kernel xor square_ clamp_min_ clamp_max_ addcmul_"""
+
+
+@rule(*_IDENTITY.split())
+def identity(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    out = walk.run(func, args, kwargs)
+    walk.label(out, walk.labels(args[0]))
+    return out
+
+
+@rule(*_UNARY.split(), *_LINEAR.split())
+def unary(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    hot = func in (torch.ops.aten.silu.default, torch.ops.aten.gelu.default)
+    out = shell(x.shape, x) if hot else walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if func.overloadpacket.__name__ not in ("fill_", "zero_"):
+        walk.constant(func, args, kwargs)
+    linear = func.overloadpacket.__name__ in _LINEAR.split()
+    for o in out if isinstance(out, (tuple, list)) else (out,):
+        if labels is not None and isinstance(o, Tensor) and o.shape == x.shape:
+            walk.label(o, Labels(labels.layers, labels.feeds if linear else None))
+    return out
+
+
+@rule(*_BINARY.split())
+def elementwise(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    walk.constant(func, args, kwargs)
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    first = tensors[0]
+    inplace = func._schema.is_mutable
+    name = func.overloadpacket.__name__
+    plain = name in ("add", "sub", "mul", "div") and all(t.dtype == first.dtype for t in tensors)
+    if plain and all(t.shape == first.shape for t in tensors):
+        out = shell(first.shape, first)
+    else:
+        out = walk.run(func, args, kwargs)
+    ndim = out.dim()
+    layers: Layers = ()
+    shape = (1,) * ndim
+    feeds: tuple[tuple[str, bool], ...] | None = None
+    labelled = 0
+    for t in tensors:
+        labels = walk.labels(t)
+        mine = aligned(labels.layers, ndim) if labels is not None else ()
+        other = padded(t.shape, ndim)
+        layers = walk.graph.meet(layers, shape, mine, other, walk.place(func)) if (layers or mine) else ()
+        shape = tuple([max(a, b) for a, b in zip(shape, other)])
+        if labels is not None:
+            labelled += 1
+            feeds = labels.feeds
+    # a factor on one of two labelled operands is a factor of the result only for constants beside it
+    scales = labelled == 1 and (name in ("mul", "div", "mul_", "div_"))
+    walk.label(args[0] if inplace else out, Labels(layers, feeds if scales else None))
+    return args[0] if inplace else out
+
+
+# -- movement -----------------------------------------------------------------------------------------------------------
+
+
+def _move(walk: Walk, x: Tensor, out: Tensor, f: Callable[[np.ndarray], np.ndarray], place: str | None) -> Tensor:
+    """Do to the labels what the op did to the tensor. ``place``: set for reshapes, whose splits are constrained."""
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    shape = tuple(x.shape)
+    moved = []
+    for layer in labels.layers:
+        after = compress(f(np.broadcast_to(layer, shape)), layer.size)
+        if place is not None and after is not None:
+            after = walk.graph.moved(layer, after, place)
+        if after is not None:
+            moved.append(after)
+    walk.label(out, Labels(tuple(moved), labels.feeds))
+    return out
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_as", "reshape_as")
+def reshape(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    out = walk.run(func, args, kwargs)
+    if out.numel() != x.numel():  # view(dtype)
+        return unknown(walk, func, args, kwargs)
+    shape = tuple(out.shape)
+    return _move(walk, x, out, lambda a: a.reshape(shape), walk.place(func))
+
+
+@rule("transpose", "permute", "t", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "unsqueeze", "squeeze", "expand",
+      "select", "unbind", "repeat", "repeat_interleave", "tile", "roll", "flip", "broadcast_to", "unsqueeze_", "squeeze_",
+      "transpose_", "t_")  # fmt: skip
+def move(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Ops that only move elements run on the labels as they are."""
+    x = args[0]
+    if walk.labels(x) is None:
+        return walk.run(func, args, kwargs)
+    name = func.overloadpacket.__name__
+    if name in ("select", "unbind"):
+        dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
+        walk.graph_freeze(x, [dim], f"is picked apart by position in {walk.place(func)}")
+    if name in ("roll", "flip"):
+        dims = _dims(args[2] if name == "roll" and len(args) > 2 else args[1] if name == "flip" else None, x.dim())
+        walk.graph_freeze(x, dims, f"is reordered in {walk.place(func)}")
+    before = tuple(x.shape)
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    assert labels is not None
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    moved: list[list[np.ndarray]] = [[] for _ in outs]
+    call = walk.functional(func)
+    for layer in labels.layers:
+        full = torch.from_numpy(np.array(layer)).expand(before)  # a copy: broadcast labels aren't writable
+        res = call(full, *args[1:], **kwargs)
+        for i, r in enumerate(res if isinstance(res, (tuple, list)) else (res,)):
+            after = compress(r.numpy(), layer.size)
+            if after is not None:
+                moved[i].append(after)
+    for o, m in zip(outs, moved):
+        walk.label(o, Labels(tuple(m), labels.feeds))
+    return out
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pieces of a labelled dim: all equal, so that they stay equal, or else the dim stays whole."""
+    x = args[0]
+    outs = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return outs
+    dim = (kwargs.get("dim", args[2] if len(args) > 2 else 0)) % x.dim()
+    stops = np.cumsum([o.shape[dim] for o in outs])[:-1]
+    pieces: list[list[np.ndarray]] = [[] for _ in outs]
+    for layer in labels.layers:
+        if layer.shape[dim] == 1:
+            parts = [layer] * len(outs)
+        else:
+            parts = np.split(layer, stops, axis=dim)
+            if len({p.shape[dim] for p in parts}) > 1:
+                walk.graph.freeze(layer, f"is split into unequal pieces in {walk.place(func)}")
+            elif len(parts) > 1:
+                rows = np.stack([np.moveaxis(p, dim, -1) for p in parts]).reshape(-1, parts[0].shape[dim])
+                walk.graph.constrain("chunk", walk.place(func), rows)
+        for piece, part in zip(pieces, parts):
+            if part.size > 1:
+                piece.append(part)
+    for o, piece in zip(outs, pieces):
+        walk.label(o, Labels(tuple(piece), labels.feeds))
+    return outs
+
+
+@rule("slice", "narrow", "index_select", "as_strided", "index")
+def pick(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Positions chosen by constants: what was there must stay there."""
+    x = args[0]
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    name = func.overloadpacket.__name__
+    if name in ("as_strided", "index"):
+        return unknown(walk, func, args, kwargs)
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
+    if out.shape[dim] != x.shape[dim] or name == "index_select":
+        walk.graph_freeze(x, [dim], f"is picked apart by position in {walk.place(func)}")
+    kept = tuple([layer for layer in labels.layers if layer.shape[dim] == 1 or out.shape == x.shape])
+    walk.label(out, Labels(kept, labels.feeds))
+    return out
+
+
+@rule("cat", "concat", "concatenate")
+def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Labels side by side along the dim; along every other dim they meet."""
+    tensors = [t for t in args[0] if t.dim() > 1 or t.numel()]
+    out = walk.run(func, args, kwargs)
+    dim = (kwargs.get("dim", args[1] if len(args) > 1 else 0)) % out.dim()
+    labels = [walk.labels(t) for t in tensors]
+    layers: Layers = ()
+    shape: tuple[int, ...] = tuple(1 if d == dim else n for d, n in enumerate(tensors[0].shape))
+    along: dict[tuple[int, ...], list[np.ndarray | None]] = {}
+    for i, (t, lab) in enumerate(zip(tensors, labels)):
+        mine = lab.layers if lab is not None else ()
+        for x in mine:
+            if x.shape[dim] > 1:
+                others = tuple(n if d != dim else -1 for d, n in enumerate(x.shape))
+                along.setdefault(others, [None] * len(tensors))[i] = x
+        rest = tuple([x for x in mine if x.shape[dim] == 1])
+        if i == 0:
+            layers = rest
+        elif layers or rest:
+            layers = walk.graph.meet(layers, shape, rest, shape, walk.place(func))
+    joined = []
+    for others, parts in along.items():
+        full = [
+            np.zeros([t.shape[dim] if n == -1 else n for n in others], np.int32) if x is None else x
+            for t, x in zip(tensors, parts)
+        ]
+        joined.append(np.concatenate(full, axis=dim))
+    for layer in joined:
+        if len(varying(layer)) > 1:
+            walk.graph.constrain("view", walk.place(func), np.moveaxis(layer, dim, -1).reshape(-1, layer.shape[dim]))
+    walk.label(out, Labels((*layers, *joined)))
+    return out
+
+
+@rule("stack")
+def stack(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    raised = [move(walk, torch.ops.aten.unsqueeze.default, (t, dim), {}) for t in args[0]]
+    return cat(walk, torch.ops.aten.cat.default, (raised, dim), {})
+
+
+@rule("channel_shuffle")
+def channel_shuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, groups = args
+    ops = torch.ops.aten
+    shape = tuple(x.shape)
+    y = reshape(walk, ops.view.default, (x, [shape[0], groups, shape[1] // groups, *shape[2:]]), {})
+    y = move(walk, ops.transpose.int, (y, 1, 2), {})
+    return reshape(walk, ops.reshape.default, (y, list(shape)), {})
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The r*r channels of one output channel go together: pixels can't be removed one by one."""
+    x, r = args
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    dim = x.dim() - 3
+    kept = []
+    for layer in labels.layers:
+        if layer.shape[dim] == 1:
+            kept.append(layer)
+            continue
+        blocks = np.moveaxis(layer, dim, -1).reshape(-1, layer.shape[dim] // (r * r), r * r)
+        walk.graph.link(blocks[..., :1], blocks, walk.place(func))
+        shape = list(layer.shape)
+        shape[dim] //= r * r
+        first = np.moveaxis(layer, dim, -1).reshape(*[n for d, n in enumerate(layer.shape) if d != dim], -1, r * r)
+        first = np.moveaxis(first[..., 0], -1, dim)
+        if first.size > 1:
+            kept.append(first)
+    walk.label(out, Labels(tuple(kept)))
+    return out
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, r = args
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is not None:
+        walk.label(out, Labels(tuple([np.repeat(y, r * r, axis=x.dim() - 3) for y in labels.layers])))
+    return out
+
+
+# -- reductions, spatial ops, embeddings --------------------------------------------------------------------------------
+
+
+def _dims(value: Any, ndim: int) -> list[int]:
+    if value is None or value == []:
+        return list(range(ndim))
+    return [d % ndim for d in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "prod", "norm", "linalg_vector_norm", "logsumexp", "any", "all",
+      "max", "min", "argmax", "argmin", "var_mean", "std_mean")  # fmt: skip
+def reduction(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    named = [a.name for a in func._schema.arguments]
+    values = {**dict(zip(named, args)), **kwargs}
+    dims = _dims(values.get("dim"), x.dim())
+    keepdim = bool(values.get("keepdim", False))
+    kept = walk.graph.reduce(labels.layers, dims, walk.place(func), "reduces")
+    for o in out if isinstance(out, (tuple, list)) else (out,):
+        if o.dim() == x.dim() - (0 if keepdim else len(dims)):
+            layers = kept if keepdim else tuple([y.squeeze(axis=tuple(dims)) for y in kept])
+            walk.label(o, Labels(tuple([y for y in layers if y.size > 1])))
+    return out
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "logcumsumexp")
+def along_dim(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result at an element depends on the whole dim."""
+    x = args[0]
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    dim = (args[1] if len(args) > 1 and not isinstance(args[1], bool) else kwargs.get("dim", -1)) % x.dim()
+    name = func.overloadpacket.__name__
+    kept = walk.graph.reduce(labels.layers, [dim], walk.place(func), f"is mixed by {name}")
+    for o in out if isinstance(out, (tuple, list)) else (out,):
+        walk.label(o, Labels(kept))
+    return out
+
+
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+      "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa",
+      "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_trilinear3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+      "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+      "_adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "pad", "constant_pad_nd",
+      "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "replication_pad3d")  # fmt: skip
+def spatial(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Channels pass; a labelled dim that the op resizes stays whole."""
+    x = args[0]
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    name = func.overloadpacket.__name__
+    if name in ("pad", "constant_pad_nd"):
+        touched = [x.dim() - 1 - i for i in range(len(args[1]) // 2) if any(args[1][2 * i : 2 * i + 2])]
+    else:
+        touched = list(range(2 if x.dim() > 3 or "1d" in name else 1, x.dim()))
+    if x.dim() == 2:
+        touched = [1]
+    for o in out if isinstance(out, (tuple, list)) else (out,):
+        kept = tuple([y for y in labels.layers if not any(y.shape[d] > 1 for d in touched)])
+        for y in labels.layers:
+            if not any(y is k for k in kept):
+                walk.graph.freeze(y, f"is resized in {walk.place(func)}")
+        walk.label(o, Labels(kept))
+    return out
+
+
+@rule("embedding")
+def embedding(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    weight = args[0]
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(weight)
+    if labels is None:
+        return out
+    kept = []
+    for layer in labels.layers:
+        if layer.shape[0] > 1:
+            walk.graph.freeze(layer, f"is a vocabulary of {walk.place(func)}")
+        else:
+            kept.append(layer.reshape((1,) * (out.dim() - 1) + (-1,)))
+            walk.attribute(weight, "embedding_dim", kept[-1])
+    walk.label(out, Labels(tuple(kept)))
+    return out
+
+
+def unknown(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """No rule: everything that the op reads or writes stays."""
+    out = walk.run(func, args, kwargs)
+    for t in walk.tensors((args, kwargs)):
+        labels = walk.labels(t)
+        for layer in labels.layers if labels is not None else ():
+            walk.graph.freeze(layer, f"no rule for {func.overloadpacket} ({walk.place(func)})")
+        if labels is not None and func._schema.is_mutable:
+            walk.label(t, None)
+    return out

@@ -1,0 +1,372 @@
+"""One forward on ``meta`` with labels beside every activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import contractions, norms  # noqa: F401  (they fill RULES)
+from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
+from .labels import Graph, Labels, Layer, Layers, varying
+from .rules import RULES, unknown
+
+Calls = Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]
+
+
+class TraceError(RuntimeError):
+    """The model's forward could not be followed."""
+
+
+@dataclass
+class Nodes:
+    """Numbers every channel: node ids of ``(parameter, dim)`` are ``start[(parameter, dim)] + index``; 0 is frozen."""
+
+    names: dict[int, str]
+    shapes: dict[str, tuple[int, ...]]
+    buffers: frozenset[str]
+    start: dict[tuple[str, int], int] = field(default_factory=dict)
+    total: int = 1
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Nodes:
+        """All parameters and floating-point buffers, tied ones once, by their first name."""
+        names: dict[int, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, p in model.named_parameters():
+            names[id(p)] = name
+            shapes[name] = tuple(p.shape)
+        buffers = set()
+        for name, b in model.named_buffers():
+            if b.is_floating_point():
+                names[id(b)] = name
+                shapes[name] = tuple(b.shape)
+                buffers.add(name)
+        nodes = cls(names, shapes, frozenset(buffers))
+        for name, shape in shapes.items():
+            for dim, n in enumerate(shape):
+                if n > 1:
+                    nodes.start[name, dim] = nodes.total
+                    nodes.total += n
+        return nodes
+
+    def layers(self, name: str, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> Layers:
+        """One layer per dim of a parameter; ``kept``: the indices that a sliced parameter still has."""
+        shape = self.shapes[name]
+        layers = []
+        for dim, n in enumerate(shape):
+            if n > 1:
+                index = np.arange(n, dtype=np.int32) if kept is None or (name, dim) not in kept else kept[name, dim]
+                view = [1] * len(shape)
+                view[dim] = -1
+                if index.size > 1:
+                    layers.append((self.start[name, dim] + index).astype(np.int32).reshape(view))
+        return tuple(layers)
+
+
+@dataclass
+class CostTerm:
+    place: str
+    scale: int
+    layers: Layers
+    attention: bool
+
+
+@dataclass
+class ScaleTerm:
+    place: str
+    n_dims: int
+    first_row: np.ndarray
+    targets: tuple[tuple[str, np.ndarray], ...]
+
+
+class Walk(TorchDispatchMode):
+    """The dispatch mode under which the model runs; rules call back into it."""
+
+    def __init__(self, model: nn.Module, nodes: Nodes, graph: Graph) -> None:
+        super().__init__()
+        self.nodes = nodes
+        self.graph = graph
+        self.costs: list[CostTerm] = []
+        self.scales: list[ScaleTerm] = []
+        self.attributes: dict[tuple[str, str], Layer] = {}
+        self.constants: list[tuple[str, float]] = []
+        self.modules = {id(m): n for n, m in model.named_modules()}
+        self.by_name = dict(model.named_modules())
+        self.stack: list[str] = []
+        self._parameter_names: dict[int, str] = {}
+
+    # -- what rules use ---------------------------------------------------------------------------------------------
+
+    def labels(self, t: Any) -> Labels | None:
+        return getattr(t, "_channel_labels", None)
+
+    def label(self, t: Tensor, labels: Labels | None) -> None:
+        t._channel_labels = labels if labels is not None and labels.layers else None  # type: ignore[attr-defined]
+
+    def place(self, func: Any) -> str:
+        where = self.stack[-1] if self.stack else ""
+        return f"{where or 'model'} ({func.overloadpacket.__name__})"
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The op itself, on meta where any operand is there."""
+        tensors = list(self.tensors((args, kwargs)))
+        if any(t.device.type == "meta" for t in tensors):
+            if not all(t.device.type == "meta" for t in tensors):
+                args, kwargs = _to_meta(args), _to_meta(kwargs)
+            if "device" in kwargs and kwargs["device"] is not None:
+                kwargs = {**kwargs, "device": torch.device("meta")}
+        return func(*args, **kwargs)
+
+    def tensors(self, tree: Any) -> Iterator[Tensor]:
+        if isinstance(tree, Tensor):
+            yield tree
+        elif isinstance(tree, (list, tuple)):
+            for x in tree:
+                yield from self.tensors(x)
+        elif isinstance(tree, dict):
+            for x in tree.values():
+                yield from self.tensors(x)
+
+    def functional(self, func: Any) -> Callable[..., Any]:
+        """The out-of-place form of an op, to run it on labels."""
+        name = func.overloadpacket.__name__
+        if name.endswith("_") and hasattr(torch.Tensor, name[:-1]):
+            return getattr(torch.Tensor, name[:-1])  # type: ignore[no-any-return]
+        return func  # type: ignore[no-any-return]
+
+    def graph_freeze(self, t: Tensor, dims: Sequence[int], reason: str) -> None:
+        labels = self.labels(t)
+        for layer in labels.layers if labels is not None else ():
+            if any(layer.shape[d] > 1 for d in dims):
+                self.graph.freeze(layer, reason)
+
+    def constant(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Remember a number that the forward uses: one that changes with the widths would change the function."""
+        for a in (*args, *kwargs.values()):
+            if isinstance(a, float):
+                self.constants.append((self.place(func), a))
+
+    def cost(self, func: Any, total: int, layers: Layers, attention: bool = False) -> None:
+        """``total`` multiply-accumulates, proportional to the sizes of the labelled dims."""
+        used: list[Layer] = []
+        dims: set[int] = set()
+        for x in sorted(layers, key=lambda y: -y.size):
+            mine = set(varying(x)) if x.ndim > 1 else {-1 - len(used)}
+            if not mine & dims:
+                used.append(x)
+                dims |= mine
+                total //= x.size
+        self.costs.append(CostTerm(self.place(func), total, tuple(used), attention))
+
+    def name_of(self, t: Tensor) -> str | None:
+        return self._parameter_names.get(id(t))
+
+    def feeds(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[str, bool], ...] | None:
+        """A linear layer's output takes a factor through its weight's rows and its bias."""
+        names = [self.name_of(p) for p in (weight, bias) if p is not None]
+        return None if None in names else tuple([(n, False) for n in names if n is not None])
+
+    def attribute(self, parameter: Tensor, name: str, *layers: Layer) -> None:
+        """A module attribute that follows the size of a layer."""
+        owner = self.name_of(parameter)
+        if owner is None or not layers:
+            return
+        module = owner.rpartition(".")[0]
+        if isinstance(getattr(self.by_name.get(module), name, None), (int, tuple)):
+            self.attributes[module, name] = layers[0].reshape(-1)
+
+    def norm_attribute(self, weight: Tensor | None, name: str, layer: Layer) -> None:
+        """Like :meth:`attribute`, also for a norm without parameters (then it is the running module's)."""
+        if weight is not None:
+            self.attribute(weight, name, layer)
+        elif self.stack and hasattr(self.by_name[self.stack[-1]], name):
+            self.attributes[self.stack[-1], name] = layer.reshape(-1)
+
+    def scale_fix(self, place: str, n: int, layer: Layer, q: Labels | None, k: Labels | None) -> None:
+        """The softmax scale follows the head size: a factor must go into what feeds q, or the dims stay."""
+        targets = self._scale_targets(layer, q)
+        keys = np.concatenate([x.reshape(-1) for x in k.layers]) if k is not None else np.zeros(0, np.int32)
+        if targets is None or np.isin(layer, keys).any():
+            self.graph.freeze(layer, f"nothing that feeds q alone can take the softmax scale of {place}")
+            return
+        self.scales.append(ScaleTerm(place, n, layer.reshape(-1, layer.shape[-1])[0], targets))
+
+    def _scale_targets(self, layer: Layer, q: Labels | None) -> tuple[tuple[str, np.ndarray], ...] | None:
+        if q is None or not q.feeds:
+            return None
+        targets = []
+        weight = q.feeds[0][0]
+        rows = np.unique(layer) - self.nodes.start.get((weight, 0), 0)
+        for name, whole in q.feeds:
+            size = self.nodes.shapes[name][0]
+            if not whole and not (0 <= rows[0] and rows[-1] < size):
+                return None
+            targets.append((name, np.arange(size) if whole else rows.astype(np.int64)))
+        return tuple(targets)
+
+    # -- the mode ---------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket.__name__ == "_local_scalar_dense":
+            raise TraceError(
+                f"{self.place(func)} reads a number from an activation, which depends on the data. Give example_inputs "
+                "for which the forward takes no such branch, or trace the part of the model below it."
+            )
+        rule = RULES.get(func._schema.name)
+        if rule is not None:
+            return rule(self, func, args, kwargs)
+        if not any(self.labels(t) is not None for t in self.tensors((args, kwargs))):
+            return self.run(func, args, kwargs)
+        with self:
+            out = func.decompose(*args, **kwargs)
+        return unknown(self, func, args, kwargs) if out is NotImplemented else out
+
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        name = self.modules.get(id(module))
+        if name is None:
+            return
+        self.stack.append(name)
+        kind = type(module).__name__
+        if kind in INPUT_ATTRIBUTES:
+            labels = self.labels(inputs[0]) if inputs else None
+            for layer in labels.layers if labels is not None else ():
+                if varying(layer) == (1,):
+                    for attribute in INPUT_ATTRIBUTES[kind]:
+                        self.attributes[name, attribute] = layer.reshape(-1)
+        if kind in FROZEN_CLASSES:
+            for p in module.parameters():
+                for layer in self.nodes.layers(self._parameter_names[id(p)]):
+                    self.graph.freeze(layer, FROZEN_CLASSES[kind])
+
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.stack and id(module) in self.modules:
+            self.stack.pop()
+
+    def go(self, model: nn.Module, calls: Calls, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> None:
+        """Run the calls; labels of the parameters are ``nodes``' (those of ``kept`` for a sliced model)."""
+        with on_meta(model, self.nodes, kept) as names, _hooks(self.enter, self.leave):
+            self._parameter_names = names
+            for method, args, kwargs in calls:
+                f = model if method == "forward" else getattr(model, method)
+                with torch.inference_mode(), self:
+                    out = f(*_inputs(args), **_inputs(kwargs))
+                self.stack.clear()
+                for t in _outputs(out, set()):
+                    labels = self.labels(t)
+                    for layer in labels.layers if labels is not None else ():
+                        self.graph.freeze(layer, "is an output of the model")
+
+
+def _to_meta(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        if tree.device.type == "meta":
+            return tree
+        out = torch.empty_like(tree, device="meta")
+        out._channel_labels = getattr(tree, "_channel_labels", None)  # type: ignore[attr-defined]
+        return out
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_to_meta(x) for x in tree])
+    if isinstance(tree, dict):
+        return {k: _to_meta(v) for k, v in tree.items()}
+    return tree
+
+
+def _inputs(tree: Any) -> Any:
+    """Floating-point inputs go to meta; ids, masks and numbers stay real."""
+    if isinstance(tree, Tensor):
+        return torch.empty(tree.shape, dtype=tree.dtype, device="meta") if tree.is_floating_point() else tree
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_inputs(x) for x in tree])
+    if isinstance(tree, dict):
+        return {k: _inputs(v) for k, v in tree.items()}
+    return tree
+
+
+def _outputs(tree: Any, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors in whatever a forward returned (diffusers' outputs and distributions are plain objects)."""
+    if isinstance(tree, Tensor):
+        yield tree
+        return
+    if id(tree) in seen:
+        return
+    seen.add(id(tree))
+    if isinstance(tree, dict):
+        for x in tree.values():
+            yield from _outputs(x, seen)
+    elif isinstance(tree, (list, tuple)):
+        for x in tree:
+            yield from _outputs(x, seen)
+    elif is_dataclass(tree) or hasattr(tree, "__dict__"):
+        for x in vars(tree).values():
+            yield from _outputs(x, seen)
+
+
+@contextmanager
+def _hooks(enter: Any, leave: Any) -> Iterator[None]:
+    handles = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=False),
+    ]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for h in handles:
+            h.remove()
+
+
+@contextmanager
+def on_meta(
+    model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None = None
+) -> Iterator[dict[int, str]]:
+    """The model with labelled meta tensors in place of its parameters and buffers, in eval mode; then as it was.
+
+    Yields the meta tensors' names by id. Nothing of the weights is read or copied.
+    """
+    stand_ins: dict[int, Tensor] = {}
+    names: dict[int, str] = {}
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for module in model.modules():
+            module.training = False
+            for table in (module._parameters, module._buffers):
+                for key, t in table.items():
+                    name = nodes.names.get(id(t)) if t is not None else None
+                    if t is None or name is None:
+                        continue
+                    if id(t) not in stand_ins:
+                        stand_ins[id(t)] = _stand_in(t, name, nodes, kept)
+                        names[id(stand_ins[id(t)])] = name
+                    undo.append((table, key, t))
+                    table[key] = stand_ins[id(t)]  # type: ignore[assignment]
+        yield names
+    finally:
+        for table, key, t in undo:
+            table[key] = t
+        for m, training in modes:
+            m.training = training
+
+
+def _stand_in(t: Tensor, name: str, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None) -> Tensor:
+    shape = list(t.shape)
+    for dim in range(len(shape)):
+        if kept is not None and (name, dim) in kept:
+            shape[dim] = kept[name, dim].size
+    out: Tensor = torch.empty(shape, dtype=t.dtype, device="meta")
+    if isinstance(t, nn.Parameter):
+        out = nn.Parameter(out, requires_grad=False)
+    layers = nodes.layers(name, kept)
+    out._channel_labels = Labels(layers) if layers else None  # type: ignore[attr-defined]
+    return out
