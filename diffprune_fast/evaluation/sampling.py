@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode, every submodule's own mode put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+from ..scoring.objectives import first_tensor
+from .modes import in_mode
 
 
 def sampler(scheduler: Any, steps: int) -> Any:
@@ -63,7 +52,7 @@ def sample(
     if labels is not None:
         conditioning = {**conditioning, "class_labels": labels}
     parts = []
-    with evaluating(model):
+    with in_mode(model, training=False):
         for start in range(0, len(noise), batch_size):
             rows = slice(start, start + batch_size)
             own = {k: v[rows] if _per_image(v, len(noise)) else v for k, v in conditioning.items()}
@@ -82,7 +71,6 @@ def _denoise(model: nn.Module, scheduler: Any, noise: Tensor, conditioning: dict
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        predicted = model(scaled, t.to(x.device).expand(len(x)), **conditioning)
-        predicted = predicted[0] if isinstance(predicted, tuple) else getattr(predicted, "sample", predicted)
+        predicted = first_tensor(model(scaled, t.to(x.device).expand(len(x)), **conditioning))
         x = scheduler.step(predicted, t, x).prev_sample
     return x

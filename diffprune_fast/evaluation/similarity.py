@@ -22,6 +22,8 @@ def ssim(images: Tensor, reference: Tensor) -> float:
             "the same noise"
         )
     if min(images.shape[-2:]) < WINDOW:
-        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels: SSIM's window needs at least {WINDOW} each way")
+        raise ValueError(
+            f"images are {tuple(images.shape[-2:])} pixels: SSIM's window needs at least {WINDOW} each way"
+        )
     score = structural_similarity_index_measure(images.float(), reference.float(), sigma=1.5, data_range=2.0)
     return float(score)

@@ -40,7 +40,9 @@ def sample_grids(grids: Mapping[str, Tensor], *, columns: int = 8) -> Figure:
     """
     shapes = {tuple(images.shape) for images in grids.values()}
     if len(shapes) != 1:
-        raise ValueError(f"the grids' images are {sorted(shapes)}: pass at least one grid, all made from the same noise")
+        raise ValueError(
+            f"the grids' images are {sorted(shapes)}: pass at least one grid, all made from the same noise"
+        )
     n, channels = next(iter(shapes))[:2]
     if channels not in (1, 3):
         raise ValueError(f"images have {channels} channels: decode latents to 1 or 3 channels first")

@@ -31,23 +31,23 @@ class Measured:
 
 HEADINGS = (
     "model",
-    "parameters",
+    "params",
     "MACs",
-    "s / image",
-    "held-out loss",
-    "after finetuning",
-    "SSIM to original",
-    "after finetuning",
+    "s/image",
+    "loss",
+    "loss, finetuned",
+    "SSIM",
+    "SSIM, finetuned",
 )
 DASH = "–"
 
 
-def cells(row: Measured, original: Measured) -> tuple[str, ...]:
-    """The row as text, one cell per heading; sizes beside their share of ``original``'s."""
+def cells(row: Measured, original: Measured | None = None) -> tuple[str, ...]:
+    """The row as text, one cell per heading; sizes beside their share of ``original``'s, where one is given."""
     return (
         row.name,
-        f"{_short(row.params)}{_share(row.params, original.params)}",
-        f"{_short(row.macs)}{_share(row.macs, original.macs)}",
+        f"{_short(row.params)}{_share(row.params, original and original.params)}",
+        f"{_short(row.macs)}{_share(row.macs, original and original.macs)}",
         DASH if row.seconds_per_image is None else f"{row.seconds_per_image:.3g}",
         f"{row.loss:.4f}",
         DASH if row.loss_finetuned is None else f"{row.loss_finetuned:.4f}",
@@ -63,20 +63,20 @@ def _short(n: int) -> str:
     return str(n)
 
 
-def _share(n: int, of: int) -> str:
-    return "" if n == of else f" ({100 * n / of:.0f}%)"
+def _share(n: int, of: int | None) -> str:
+    return "" if of is None or n == of else f" ({100 * n / of:.0f}%)"
 
 
 def print_table(rows: Sequence[Measured], *, title: str = "", console: Console | None = None) -> None:
-    """Print ``rows`` in the terminal; the first is the original. Raises ValueError when there is no row."""
+    """Print ``rows`` in the terminal. Raises ValueError when there is no row."""
     from rich.console import Console
     from rich.table import Table
 
     if not rows:
-        raise ValueError("there is no row to print: pass the original's measurements first")
+        raise ValueError("there is no row to print: pass the models' measurements")
     table = Table(title=title or None, title_justify="left")
     for i, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*cells(row, rows[0]))
+        table.add_row(*cells(row))
     (console or Console()).print(table)

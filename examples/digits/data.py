@@ -37,7 +37,7 @@ def digits(*, seed: int = 0) -> tuple[Digits, Digits]:
 
 
 def shifted(images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Every image moved by up to one pixel each way: 1,438 images are few, this keeps them from being learned by heart."""
+    """Every image moved by up to one pixel each way: few images are not so soon learned by heart."""
     padded = F.pad(images, (1, 1, 1, 1), value=-1.0)
     n, height, width = len(images), images.shape[-2], images.shape[-1]
     top, left = torch.randint(0, 3, (2, n, 1), generator=generator)

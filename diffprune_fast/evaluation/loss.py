@@ -1,0 +1,58 @@
+"""The training loss on images that were not trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..scoring.conditioning import map_tensors, moved
+from ..scoring.objectives import LossFunction, images_of, make_objective
+from ..scoring.timesteps import stratified
+from ..scoring.untouched import generator_for
+from .modes import in_mode
+
+
+@torch.no_grad()
+def diffusion_loss(
+    model: nn.Module,
+    batch: Any,
+    scheduler: Any = None,
+    *,
+    passes: int = 4,
+    batch_size: int = 128,
+    loss_fn: LossFunction | None = None,
+    seed: int = 0,
+) -> float:
+    """Mean training loss over all images of ``batch``, at timesteps and with noise that depend on ``seed`` alone.
+
+    batch: what a loader would yield, of any length: ``(n, channels, height, width)`` images, an ``(images, labels)``
+    pair, or a dict with conditioning inputs. scheduler: the one of the training; None is ``DDPMScheduler()``.
+    passes: how often each image is used, every time with another timestep and noise. Timesteps are stratified: a pass
+    takes one from each of ``n`` equal strips. Two models can be compared at the same seed, their noise is the same.
+
+    Raises ValueError when there is no image or no pass, FloatingPointError when the loss is not finite.
+    """
+    objective = make_objective(model, scheduler, loss_fn)
+    images = images_of(batch)
+    n = len(images)
+    if n == 0 or passes < 1:
+        raise ValueError(f"{n} images and {passes} passes: the loss needs at least one of each")
+    device = next(model.parameters()).device
+    generator = generator_for(seed)
+    total = 0.0
+    with in_mode(model, training=False):
+        for _ in range(passes):
+            t = stratified(np.arange(objective.n_timesteps), n, generator)
+            noise = objective.noise(batch, generator)
+            for start in range(0, n, batch_size):
+                rows = slice(start, min(start + batch_size, n))
+                part = moved(map_tensors(batch, lambda x, rows=rows: x[rows] if len(x) == n else x), device)
+                loss = objective.loss(model, part, t[rows].to(device), noise[rows].to(device))
+                total += float(loss) * (rows.stop - rows.start)
+    mean = total / (n * passes)
+    if not np.isfinite(mean):
+        raise FloatingPointError(f"the loss of {type(model).__name__} is {mean}: look for NaN in its weights or images")
+    return mean

@@ -1,0 +1,7 @@
+"""Getting back what pruning cost: a short finetune."""
+
+from __future__ import annotations
+
+from .finetuning import Finetuned, finetune
+
+__all__ = ["Finetuned", "finetune"]
