@@ -1,0 +1,270 @@
+"""Which channels matter: the diffusion loss's first-order expansion, estimated once and well.
+
+:func:`score` is the way in. ``objectives`` has the training losses, ``accumulate`` the estimators that draw fresh
+samples, ``reference`` the reference's loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..ops import channel_scores_
+from ..tracing.plan import Plan
+from .accumulate import MeanGradient, MicroScores, Work, rank_and_count, summed_over_ranks, until_agreed
+from .batches import Batches, check_images
+from .conditioning import moved, read_batch
+from .criteria import CRITERIA, VARIANTS, Criterion, Variant
+from .objectives import LossFunction, Objective, make_objective
+from .reference import reference_scores
+from .scores import LossCurve, Scores, keep_set_agreement
+from .tables import UnitTable, unit_table
+from .timesteps import Cell, curve_timesteps, measure_curve, quad_cells
+from .untouched import check_weights, generator_for, own_randomness, stand_ins, unwrapped
+
+__all__ = [
+    "CRITERIA",
+    "ESTIMATORS",
+    "VARIANTS",
+    "LossCurve",
+    "Objective",
+    "Scores",
+    "keep_set_agreement",
+    "make_objective",
+    "score",
+]
+
+ESTIMATORS = ("micro", "mean", "reference", "reference-quad")
+AUTOCAST = {None: None, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
+CURVE_SAMPLES = 64
+# The curve's place in the seed's tree; accumulate.NOISE and TIMESTEPS are the others.
+CURVE = 3
+
+
+def score(
+    model: nn.Module,
+    loader: Iterable[Any] | None,
+    plan: Plan,
+    *,
+    scheduler: Any = None,
+    estimator: str = "micro",
+    criterion: str = "diff-pruning",
+    variant: str | None = None,
+    threshold: float | None = None,
+    micro_batch: int = 32,
+    min_samples: int = 512,
+    max_samples: int = 4096,
+    agreement: float = 0.90,
+    agreement_ratio: float = 0.3,
+    loss_fn: LossFunction | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    autocast: str | torch.dtype | None = None,
+    timesteps: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> Scores:
+    """How much every unit of ``plan`` matters to the diffusion loss. The model is as before when this ends.
+
+    loader: any iterable of image batches ``(batch, channels, ...)``, ``(images, labels)`` pairs or dicts with
+    conditioning inputs; None for the criteria "magnitude" and "random". scheduler: a diffusers scheduler, see
+    :func:`make_objective` (None: ``DDPMScheduler()``, 1000 steps, noise prediction). loss_fn: ``(model, batch, t,
+    noise) -> (batch,) or scalar`` in place of it.
+
+    estimator: "micro", sum over micro-batches of abs(theta * g), fresh images, noise and timesteps in each; "mean",
+    abs(theta * sum g) of the same; "reference", the reference's loop over t = 0, 1, 2, … with the loader's first batch
+    and one noise; "reference-quad", the same over quadratically spaced timesteps.
+    criterion: "diff-pruning", "taylor", "fisher", "magnitude" or "random". variant (estimators "reference…"): one of
+    ``VARIANTS``; None is the reference's loop with the paper's formula.
+    threshold: T; timesteps with ``L_t > T * L_max`` count. None: 0.05 ("ldm_exp": 0.1). "taylor" takes all.
+    timesteps: exactly these, with no threshold.
+    micro_batch, min_samples, max_samples: in samples; at least 16 micro-batches are taken. agreement: stop when the
+    keep-sets (at agreement_ratio) of the two halves agree this much twice running. autocast: None or "bf16".
+
+    In torch.distributed the ranks share the micro-batches of "micro" and end with the same scores as one process,
+    provided that every rank's loader yields the same batches; other estimators run in full on every rank.
+
+    Raises ValueError or TypeError before anything is touched for a bad argument, an empty loader, images of the wrong
+    channel count, NaN in images or weights, a missing conditioning input, or a plan of another model;
+    FloatingPointError, naming timestep or parameter, for a loss or gradient that isn't finite.
+    Source: Fang et al., Structural Pruning for Diffusion Models (arXiv 2305.10924), eq. 7.
+    """
+    begin = time.perf_counter()
+    rule = _named(CRITERIA, "criterion", criterion)
+    reading = _check_choices(estimator, criterion, variant, autocast)
+    _check_numbers(threshold, micro_batch, min_samples, max_samples, agreement_ratio)
+    model = unwrapped(model)
+    table = unit_table(plan)
+    _check_plan(model, plan, table)
+    device = check_weights(model)
+    if not rule.needs_data:
+        values = _without_data(model, plan, table, rule, seed, backend)
+        return Scores(values, "none", criterion, seed, seconds=time.perf_counter() - begin)
+    objective = make_objective(model, scheduler, loss_fn)
+    asked = None if timesteps is None else _check_timesteps(timesteps, objective.n_timesteps)
+    limit = (reading.threshold if threshold is None else threshold) if rule.thresholded and asked is None else None
+
+    def check(batch: Any) -> None:
+        check_images(model, batch, channels=loss_fn is None)
+        if loss_fn is None:
+            read_batch(model, batch)
+
+    if loader is None:
+        raise ValueError(f"criterion {criterion!r} needs images: give a loader (only magnitude and random need none)")
+    with own_randomness(seed), torch.inference_mode(False), torch.enable_grad():
+        batches = Batches(loader, check)
+        with stand_ins(model, table.parameters) as parameters:
+            work = Work(
+                model, plan, objective, batches, parameters, device, seed, AUTOCAST[autocast], backend, progress
+            )
+            if estimator.startswith("reference"):
+                found = _reference(work, estimator, reading, rule, variant, limit, asked)
+            else:
+                found = _sampled(
+                    work,
+                    table,
+                    estimator,
+                    rule,
+                    limit,
+                    asked,
+                    micro_batch=micro_batch,
+                    min_samples=min_samples,
+                    max_samples=max_samples,
+                    agreement=agreement,
+                    agreement_ratio=agreement_ratio,
+                )
+    return Scores(
+        estimator=estimator,
+        criterion=criterion,
+        seed=seed,
+        agreement_ratio=agreement_ratio,
+        variant=variant,
+        seconds=time.perf_counter() - begin,
+        **found,
+    )
+
+
+def _sampled(
+    work: Work,
+    table: UnitTable,
+    estimator: str,
+    rule: Criterion,
+    threshold: float | None,
+    asked: np.ndarray | None,
+    **limits: Any,
+) -> dict[str, Any]:
+    curve, allowed = None, np.arange(work.objective.n_timesteps) if asked is None else asked
+    if threshold is not None and work.objective.n_timesteps > 1:
+        curve = _curve(work, threshold)
+        allowed = curve.kept_timesteps
+    element = rule.element or "abs"
+    collector = MicroScores(work, table, element) if estimator == "micro" else MeanGradient(work, table, element)
+    values, samples, agreed = until_agreed(work, collector, allowed=allowed, split_ranks=estimator == "micro", **limits)
+    return {"values": values, "samples": samples, "agreement": agreed, "curve": curve}
+
+
+def _reference(
+    work: Work,
+    estimator: str,
+    reading: Variant,
+    rule: Criterion,
+    variant: str | None,
+    threshold: float | None,
+    asked: np.ndarray | None,
+) -> dict[str, Any]:
+    n = work.objective.n_timesteps
+    if asked is not None:
+        cells = [Cell(t, t + 1) for t in asked.tolist()]
+    else:
+        cells = quad_cells(n) if estimator == "reference-quad" else [Cell(t, t + 1) for t in range(n)]
+    element = rule.element or "abs"
+    if variant is None:
+        reading = Variant(element, norms=element)
+    values, walk = reference_scores(work, cells, variant=reading, threshold=threshold)
+    curve = walk.curve(threshold) if threshold is not None and len(walk.timesteps) > 1 else None
+    return {"values": values, "samples": walk.samples, "agreement": None, "curve": curve}
+
+
+def _curve(work: Work, threshold: float) -> LossCurve:
+    """The loss over the timesteps, on 64 images; ranks measure each on its own and take the mean."""
+    batch = moved(work.batches.take(CURVE_SAMPLES), work.device)
+    noise = work.objective.noise(batch, generator_for(work.seed, CURVE, 0))
+    with work.precision():
+        curve = measure_curve(
+            work.objective, work.model, batch, noise, threshold, curve_timesteps(work.objective.n_timesteps)
+        )
+    losses = summed_over_ranks(torch.from_numpy(curve.losses).to(work.device)) / rank_and_count()[1]
+    return LossCurve(curve.timesteps, losses.cpu().numpy(), threshold)
+
+
+def _without_data(
+    model: nn.Module, plan: Plan, table: UnitTable, rule: Criterion, seed: int, backend: str
+) -> np.ndarray:
+    if rule.element is None:
+        return np.random.default_rng(seed).random(plan.n_units)
+    parameters = dict(model.named_parameters())
+    device = next(iter(parameters.values())).device
+    squares = torch.zeros(plan.n_units, dtype=torch.float64, device=device)
+    thetas = [parameters[n].detach() for n in table.names]
+    channel_scores_(squares, thetas, None, table.table, criterion=rule.element, backend=backend)
+    return squares.sqrt().cpu().numpy()
+
+
+def _check_numbers(
+    threshold: float | None, micro_batch: int, min_samples: int, max_samples: int, agreement_ratio: float
+) -> None:
+    if threshold is not None and not 0 <= threshold < 1:
+        raise ValueError(f"threshold is the share of the largest loss, 0 <= threshold < 1, not {threshold}")
+    if micro_batch < 1 or max_samples < 1 or min_samples > max_samples:
+        raise ValueError(
+            f"micro_batch={micro_batch}, min_samples={min_samples}, max_samples={max_samples}: "
+            "all in samples, positive, the minimum not above the maximum"
+        )
+    if not 0 < agreement_ratio < 1:
+        raise ValueError(f"agreement_ratio is a share of each group's units, between 0 and 1, not {agreement_ratio}")
+
+
+def _check_choices(estimator: str, criterion: str, variant: str | None, autocast: Any) -> Variant:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}: one of {', '.join(ESTIMATORS)}")
+    if autocast not in AUTOCAST:
+        raise ValueError(f"autocast is None or 'bf16', not {autocast!r} (half precision loses small gradients)")
+    if variant is None:
+        return Variant()
+    if not estimator.startswith("reference") or criterion != "diff-pruning":
+        raise ValueError(
+            f"variant={variant!r} is a reading of the reference's loop: use it with estimator='reference' (or "
+            f"'reference-quad') and criterion='diff-pruning', not {estimator!r} and {criterion!r}"
+        )
+    return _named(VARIANTS, "variant", variant)
+
+
+def _named(table: Any, what: str, name: str) -> Any:
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}: one of {', '.join(table)}")
+    return table[name]
+
+
+def _check_plan(model: nn.Module, plan: Plan, table: UnitTable) -> None:
+    parameters = dict(model.named_parameters())
+    for name in table.parameters:
+        p = parameters.get(name)
+        if p is None or tuple(p.shape) != tuple(plan.shapes[name]):
+            has = "no such parameter" if p is None else f"shape {tuple(p.shape)}"
+            raise ValueError(
+                f"the plan is not of this model: {name} has shape {tuple(plan.shapes[name])} in the plan, the model "
+                f"has {has}; trace the model again"
+            )
+        if not p.is_floating_point():
+            raise ValueError(f"{name} is {p.dtype}: quantised weights have no gradient, score the model before that")
+
+
+def _check_timesteps(timesteps: Sequence[int], n: int) -> np.ndarray:
+    asked = np.unique(np.asarray(list(timesteps)))
+    if asked.size == 0 or not np.issubdtype(asked.dtype, np.integer) or asked[0] < 0 or asked[-1] >= n:
+        raise ValueError(f"timesteps must be integers from 0 to {n - 1}, at least one; got {list(timesteps)[:8]}")
+    return asked.astype(np.int64)

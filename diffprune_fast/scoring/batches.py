@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditioning import map_tensors
+from .conditioning import tensors_in
 from .objectives import images_of
 
 # What a loader that can be walked only once may leave in memory, to be seen again.
@@ -29,7 +29,7 @@ class Batches:
             loader = [loader]
         if loader is None or not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, Mapping)):
             raise TypeError(
-                f"loader must be an iterable of batches, such as a DataLoader or a list of tensors; it is {loader!r:.80}"
+                f"loader must be an iterable of batches, such as a DataLoader; it is {type(loader).__name__}"
             )
         self._loader, self._check = loader, check
         self._iterator: Iterator[Any] = iter(loader)
@@ -75,7 +75,7 @@ class Batches:
         """Keep a batch of a loader that can't be walked again, while there is room (the first one always)."""
         if not self._once or (self._cache and self._iterator is not self._loader):
             return
-        size = sum(x.nbytes for x in tensors(batch))
+        size = sum(x.nbytes for x in tensors_in(batch))
         if size <= self._room or not self._cache:
             self._room -= size
             self._cache.append(batch)
@@ -113,44 +113,65 @@ def in_channels(model: nn.Module) -> int | None:
     return None if first is None else first.in_channels
 
 
-def tensors(batch: Any) -> list[Tensor]:
-    """Every tensor in a batch's structure."""
-    found: list[Tensor] = []
-    map_tensors(batch, lambda x: (found.append(x), x)[1])  # type: ignore[func-returns-value]
-    return found
-
-
 def count(batch: Any) -> int:
     """Samples in a batch: the length of its images."""
     return len(images_of(batch))
 
 
 def part(batch: Any, start: int, stop: int | None) -> Any:
-    """Some of a batch's samples: every tensor with one row per sample is cut, everything else stays whole."""
+    """Some of a batch's samples: everything with one row per sample is cut, everything else stays whole."""
     n = count(batch)
-    return map_tensors(batch, lambda x: x[start:stop] if x.ndim and len(x) == n else x)
+    return _map_leaves(batch, n, lambda x: x[start:stop] if _rows(x) == n else x)
 
 
 def join(a: Any, b: Any) -> Any:
     """Two batches as one, or None where their structures or images don't fit together."""
-    left, right = tensors(a), tensors(b)
-    if len(left) != len(right):
-        return None
     n, m = count(a), count(b)
-    both: list[Tensor] = []
-    for x, y in zip(left, right):
-        rows = x.ndim > 0 and y.ndim > 0 and len(x) == n and len(y) == m
-        if rows and x.shape[1:] == y.shape[1:] and x.dtype == y.dtype:
-            both.append(torch.cat([x, y.to(x.device)]))
-        elif not rows and x.shape == y.shape and torch.equal(x, y.to(x.device)):
-            both.append(x)
-        else:
-            return None
+    left: list[Any] = []
+    right: list[Any] = []
+    _map_leaves(a, n, lambda x: left.append(x))
+    _map_leaves(b, m, lambda x: right.append(x))
+    both = [_joined(x, y, n, m) for x, y in zip(left, right)]
+    if len(left) != len(right) or any(x is None for x in both):
+        return None
     each = iter(both)
-    return map_tensors(a, lambda _: next(each))
+    return _map_leaves(a, n, lambda _: next(each))
+
+
+def _joined(x: Any, y: Any, n: int, m: int) -> Any:
+    rows = _rows(x) == n and _rows(y) == m
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        if rows and x.shape[1:] == y.shape[1:] and x.dtype == y.dtype:
+            return torch.cat([x, y.to(x.device)])
+        return x if not rows and x.shape == y.shape and torch.equal(x, y.to(x.device)) else None
+    return [*x, *y] if rows and not isinstance(x, Tensor) and not isinstance(y, Tensor) else None
 
 
 def repeated(batch: Any, times: int) -> Any:
     """The batch, ``times`` times over: all samples, then all samples again."""
     n = count(batch)
-    return map_tensors(batch, lambda x: x.repeat(times, *[1] * (x.ndim - 1)) if x.ndim and len(x) == n else x)
+
+    def repeat(x: Any) -> Any:
+        if _rows(x) != n:
+            return x
+        return x.repeat(times, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) else list(x) * times
+
+    return _map_leaves(batch, n, repeat)
+
+
+def _rows(leaf: Any) -> int:
+    return (len(leaf) if leaf.ndim else -1) if isinstance(leaf, Tensor) else len(leaf)
+
+
+def _map_leaves(value: Any, n: int, change: Callable[[Any], Any]) -> Any:
+    """As ``map_tensors``; a list of ``n`` things that are no tensors (captions) is a leaf with ``n`` rows too."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: _map_leaves(v, n, change) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        if len(value) == n and not any(isinstance(v, (Tensor, Mapping, list, tuple)) for v in value):
+            return change(value)
+        items = [_map_leaves(v, n, change) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

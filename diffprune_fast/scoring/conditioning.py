@@ -160,6 +160,15 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in a structure of dicts, lists and tuples, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [x for v in value for x in tensors_in(v)] if isinstance(value, (list, tuple)) else []
+
+
 def moved(batch: Any, device: torch.device) -> Any:
     """The batch on ``device``; what is no tensor stays as it is."""
     return map_tensors(batch, lambda x: x.to(device, non_blocking=True))

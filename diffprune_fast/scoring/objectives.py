@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditioning import is_autoencoder, map_tensors, read_batch, signature_of
+from .conditioning import IMAGE_KEYS, is_autoencoder, map_tensors, read_batch, signature_of, tensors_in
 
 LossFunction = Callable[[nn.Module, Any, Tensor, Tensor], Tensor]
 
@@ -104,7 +104,9 @@ class Objective:
         inputs = map_tensors(inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)
         time = t if self.time is None else self.time[t.to(self.time.device)].to(images.device, dtype)
         signature = signature_of(model)
-        inputs = {signature.sample: self.noisy(images, t, noise).to(dtype), signature.timestep: time, **inputs}
+        inputs[signature.sample] = self.noisy(images, t, noise).to(dtype)
+        if signature.timestep is not None:
+            inputs[signature.timestep] = time
         output = first_tensor(model(**inputs)).to(wide)
         target = self.target(images, t, noise)
         if output.shape[1] == 2 * target.shape[1]:
@@ -134,7 +136,8 @@ def make_objective(model: nn.Module, scheduler: Any = None, loss_fn: LossFunctio
         return Objective("reconstruction", 1)
     if signature_of(model).timestep is None:
         raise ValueError(
-            f"{type(model).__name__}.forward takes no timestep and is no autoencoder: pass loss_fn(model, batch, t, noise)"
+            f"{type(model).__name__}.forward takes no timestep and is no autoencoder: "
+            "pass loss_fn(model, batch, t, noise)"
         )
     if scheduler is None:
         from diffusers import DDPMScheduler
@@ -194,21 +197,17 @@ def _reduced_already(loss: Tensor, reduction: str) -> Tensor:
 
 
 def images_of(batch: Any) -> Tensor:
-    """The first floating-point tensor with a batch dimension in ``batch``, whatever its structure.
+    """The images in ``batch``, whatever its structure: by name in a dict, else the first floating-point tensor.
 
     Raises TypeError where there is none.
     """
-    found: list[Tensor] = []
-    from .conditioning import IMAGE_KEYS
-
     if isinstance(batch, Mapping):
         for key in IMAGE_KEYS:
             if isinstance(batch.get(key), Tensor):
                 return batch[key]
-    map_tensors(batch, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
-    for tensor in found:
-        if tensor.ndim >= 2:
-            return tensor
+    found = [x for x in tensors_in(batch) if x.ndim >= 2]
+    if found:
+        return next((x for x in found if x.is_floating_point()), found[0])
     raise TypeError(f"no image tensor in the loader's batch of type {type(batch).__name__}")
 
 

@@ -40,7 +40,7 @@ class UnitTable:
         return self.table.n_units
 
     def subset(self, parameters: Iterable[str]) -> tuple[tuple[str, ...], ScoreTable]:
-        """The entries of some parameters: their names (in the entries' order) and their table. Kept for the next call."""
+        """The entries of some parameters: names in the entries' order, and their table. Kept for the next call."""
         key = tuple(parameters)
         if key not in self._subsets:
             indices = [i for name in key for i in self._of.get(name, ())]

@@ -1,0 +1,105 @@
+"""What scoring returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..tracing.plan import Plan
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """The model's loss over the timesteps, and which of them count.
+
+    timesteps: ``(n,)`` int64, increasing. losses: ``(n,)`` float64, the mean loss at each. threshold: T; a timestep
+    counts where ``L_t > T * L_max`` (Fang et al., 2023, eq. 7).
+    """
+
+    timesteps: np.ndarray
+    losses: np.ndarray
+    threshold: float
+
+    @property
+    def relative(self) -> np.ndarray:
+        """``L_t / L_max``, ``(n,)``."""
+        return self.losses / self.losses.max()
+
+    @cached_property
+    def kept_timesteps(self) -> np.ndarray:
+        """Every timestep up to the curve's last that counts, by interpolation between the measured ones."""
+        every = np.arange(int(self.timesteps[-1]) + 1)
+        return every[np.interp(every, self.timesteps, self.relative) > self.threshold]
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """The lowest and the highest timestep that count."""
+        return int(self.kept_timesteps[0]), int(self.kept_timesteps[-1])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One importance per unit; the lowest are the first to go.
+
+    values: ``(plan.n_units,)`` float64 by plan-wide unit id. samples: sample passes, forward and backward, that they
+    rest on. seconds: wall-clock time. agreement: Jaccard index of the keep-sets that two independent halves of the
+    samples choose at ``agreement_ratio``: the trust in these scores, None where there are no two halves.
+    curve: the loss over the timesteps, None where it wasn't needed.
+    """
+
+    values: np.ndarray
+    estimator: str
+    criterion: str
+    seed: int
+    samples: int = 0
+    seconds: float = 0.0
+    agreement: float | None = None
+    agreement_ratio: float = 0.3
+    curve: LossCurve | None = None
+    variant: str | None = None
+
+    def of(self, plan: Plan, name: str) -> np.ndarray:
+        """The scores of one group's units, ``(n_units,)``. Raises KeyError for a group that the plan doesn't have."""
+        g = plan.position[name]
+        return self.values[plan.offsets[g] : plan.offsets[g + 1]]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the values, as plain JSON types."""
+        found: dict[str, Any] = {
+            "estimator": self.estimator,
+            "criterion": self.criterion,
+            "variant": self.variant,
+            "seed": self.seed,
+            "samples": self.samples,
+            "seconds": round(self.seconds, 3),
+            "agreement": self.agreement,
+            "agreement_ratio": self.agreement_ratio,
+        }
+        if self.curve is not None:
+            found["curve"] = {
+                "timesteps": self.curve.timesteps.tolist(),
+                "losses": self.curve.losses.tolist(),
+                "threshold": self.curve.threshold,
+            }
+        return found
+
+
+def keep_set_agreement(plan: Plan, a: np.ndarray, b: np.ndarray, ratio: float) -> float:
+    """Jaccard index of the units that two score vectors keep when every group loses ``ratio`` of its units.
+
+    1 is the same choice; at ratio 0.3 two random choices agree on 0.54. Constraints and rounding are left out: this
+    measures the scores, not a selection.
+    """
+    both = either = 0
+    for start, stop in zip(plan.offsets[:-1], plan.offsets[1:]):
+        n = int(stop - start)
+        going = int(ratio * n)
+        left, right = (np.ones(n, bool) for _ in range(2))
+        left[np.argsort(a[start:stop], kind="stable")[:going]] = False
+        right[np.argsort(b[start:stop], kind="stable")[:going]] = False
+        both += int((left & right).sum())
+        either += int((left | right).sum())
+    return both / either if either else 1.0
