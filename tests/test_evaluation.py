@@ -156,9 +156,9 @@ def test_loss_refuses_no_images_and_names_nan():
 
 
 def test_ssim_of_constant_images_is_its_luminance_term():
-    a, b = 0.2, 0.7
-    first, second = torch.full((2, 1, 16, 16), a), torch.full((2, 1, 16, 16), b)
-    c1 = (0.01 * 2) ** 2
+    a, b = 0.6, 0.85
+    first, second = torch.full((2, 1, 16, 16), 2 * a - 1), torch.full((2, 1, 16, 16), 2 * b - 1)
+    c1 = 0.01**2
     assert ssim(first, second) == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-4)
 
 

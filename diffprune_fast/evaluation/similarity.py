@@ -25,5 +25,6 @@ def ssim(images: Tensor, reference: Tensor) -> float:
         raise ValueError(
             f"images are {tuple(images.shape[-2:])} pixels: SSIM's window needs at least {WINDOW} each way"
         )
-    score = structural_similarity_index_measure(images.float(), reference.float(), sigma=1.5, data_range=2.0)
-    return float(score)
+    # SSIM's luminance term is a ratio of intensities: they have to be positive.
+    light, expected = ((x.float() + 1) / 2 for x in (images, reference))
+    return float(structural_similarity_index_measure(light, expected, sigma=1.5, data_range=1.0))
