@@ -1,0 +1,71 @@
+"""The one place that changes a model: after all checks, one call slices every tensor."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..tracing import Plan
+from .shapes import Sliced, owner_of, tables
+
+
+def slice_model(
+    model: nn.Module, plan: Plan, sliced: Sliced, optimizer: torch.optim.Optimizer | None, backend: str
+) -> None:
+    """Slice parameters, buffers, gradients and optimiser state; then set the attributes and fold in the scales."""
+    wanted: dict[str, dict[int, np.ndarray]] = {}
+    for (name, dim), index in sliced.kept.items():
+        wanted.setdefault(name, {})[dim] = index
+    tensors: list[Tensor] = []
+    slices: list[ops.Slice] = []
+    by_name: dict[str, Tensor] = {}
+    for name, _, _, t in tables(model):
+        by_name.setdefault(name, t)
+        if name not in wanted:
+            continue
+        keep = {dim: torch.from_numpy(index) for dim, index in wanted.pop(name).items()}
+        for x in (t, t.grad, *_state_of(optimizer, t)):
+            if x is not None:
+                tensors.append(x)
+                slices.append(ops.Slice(keep))
+    ops.slice_channels_(tensors, slices, backend=backend)
+    with torch.no_grad():
+        for name, rows, factor in scale_factors(plan, sliced):
+            t = by_name[name]
+            index = torch.from_numpy(rows).to(t.device)
+            t[index] *= factor
+            if t.grad is not None:
+                t.grad[index] /= factor
+    for path, value in sliced.attributes.items():
+        setattr(*owner_of(model, path), value)
+
+
+def _state_of(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> list[Tensor]:
+    """The optimiser's tensors of a parameter's shape (moments); step counters and the like stay."""
+    if optimizer is None or parameter not in optimizer.state:
+        return []
+    state = optimizer.state[parameter]
+    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+
+
+def scale_factors(plan: Plan, sliced: Sliced) -> list[tuple[str, np.ndarray, float]]:
+    """(parameter, its rows after slicing, factor) that keep the softmax scale what it was."""
+    alive = np.zeros(plan.n_units + 1, bool)
+    alive[-1] = True
+    for g, group in enumerate(plan.groups):
+        units = sliced.keep.get(group.name)
+        alive[plan.offsets[g] + (np.arange(group.n_units) if units is None else units)] = True
+    found = []
+    for fix in plan.scale_fixes:
+        left = int(alive[fix.units].sum())
+        if left == fix.n_dims:
+            continue
+        for name, rows in fix.targets:
+            kept = sliced.kept.get((name, 0))
+            where = rows if kept is None else np.flatnonzero(np.isin(kept, rows))
+            found.append((name, where, math.sqrt(left / fix.n_dims)))
+    return found
