@@ -1,0 +1,301 @@
+"""Saving and loading pruned models: safetensors and JSON, nothing that runs.
+
+A directory holds ``diffusion_pytorch_model.safetensors`` (the weights under diffusers' own name), ``config.json`` (the
+model's config) and ``diffprune.json`` (the manifest: shapes, keep-sets, how they came to be). Where a plain config
+describes the pruned model, ``config.json`` is that one and the class's own ``from_pretrained`` reads the directory.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .manifest import FORMAT, MANIFEST, CheckpointError, pack_runs, provenance, read_manifest, versions
+from .plain_config import build_on_meta, changed_attributes, is_count, own_config, plain_config
+
+if TYPE_CHECKING:
+    from .result import PruneResult
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BUFFERS = "diffprune_buffers.safetensors"  # buffers that a state dict leaves out, as the pruned model has them
+CONFIG = "config.json"
+
+
+def save(result: PruneResult, directory: str | os.PathLike[str]) -> None:
+    """Write a pruned model and its manifest into ``directory``, which is made if need be.
+
+    Everything is written beside it first and moved in at the end, the manifest last: a save that breaks off leaves
+    either the former checkpoint or one that refuses to load.
+
+    Raises CheckpointError for a model that has no memory (``meta``) or state that isn't tensors; OSError from the disk.
+    """
+    directory = Path(directory)
+    model = result.model
+    weights, tied = _weights(model)
+    buffers = {n: b.detach().contiguous() for n, b in model.named_buffers() if n not in weights and n not in tied}
+    is_diffusers = hasattr(model, "save_config") and hasattr(model, "config")
+    plain = plain_config(model)
+    manifest = {
+        "format": FORMAT,
+        "versions": versions(),
+        "model_class": type(model).__name__,
+        "plan": result.plan.hash,
+        "plain_config": plain is not None,
+        "tied": tied,
+        "shapes": {name: list(t.shape) for name, t in sorted({**weights, **buffers}.items())},
+        "attributes": {} if plain is not None else _attributes(result, is_diffusers),
+        "keep": {name: pack_runs(units) for name, units in result.keep.items()},
+        **provenance(result),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    written = Path(tempfile.mkdtemp(prefix=".diffprune-", dir=directory))
+    try:
+        files = [WEIGHTS]
+        save_file(weights, written / WEIGHTS, metadata={"format": "pt"})
+        manifest["sha256"] = {WEIGHTS: _sha256(written / WEIGHTS)}
+        if buffers:
+            save_file(buffers, written / BUFFERS, metadata={"format": "pt"})
+            manifest["sha256"][BUFFERS] = _sha256(written / BUFFERS)
+            files.append(BUFFERS)
+        if is_diffusers:
+            of_config = build_on_meta(type(model), plain) if plain is not None else model
+            of_config.save_config(written)  # type: ignore[operator]
+            files.append(CONFIG)
+        (written / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (directory / MANIFEST).unlink(missing_ok=True)
+        for name in [*files, MANIFEST]:
+            os.replace(written / name, directory / name)
+        if not buffers:
+            (directory / BUFFERS).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """Load a pruned model, in evaluation mode, onto ``device`` (None: the CPU).
+
+    model: for classes outside diffusers, an instance of the unpruned architecture (on any device; it isn't changed);
+    classes of diffusers are built from ``config.json``. torch_dtype: of the floating-point weights; None keeps what
+    was saved. verify: compare the weights' SHA-256 with the manifest; False for weights replaced on purpose.
+
+    No code of the checkpoint is run: weights are safetensors, the class is one of diffusers' models or the caller's.
+
+    Raises CheckpointError for anything that is missing, cut short or contradictory.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    state = _read_tensors(directory, WEIGHTS, manifest, verify)
+    buffers = _read_tensors(directory, BUFFERS, manifest, verify) if BUFFERS in manifest["sha256"] else {}
+    _check_names({**state, **buffers}, manifest)
+
+    shaped, real = _empty_model(directory, manifest, model)
+    _apply(shaped, manifest)
+    _load(shaped, state, buffers, manifest["tied"])
+    _fill_tensor_attributes(shaped, real)
+    if torch_dtype is not None:
+        shaped.to(torch_dtype)
+    if device is not None:
+        shaped.to(device)
+    return shaped.eval()
+
+
+def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state dict without repetitions, and for each name left out the one that stands for it."""
+    weights: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    used: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{name} is {type(tensor).__name__}: only tensors can be saved without pickle")
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device: there are no weights to save")
+        storage = tensor.untyped_storage().data_ptr()
+        same = (storage, tensor.device, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and same in first:
+            tied[name] = first[same]
+            continue
+        first[same] = name
+        # Different views of one storage are saved as what they are now, each with its own copy.
+        weights[name] = tensor.contiguous() if storage not in used else tensor.contiguous().clone()
+        used.add(storage)
+    return weights, tied
+
+
+def _attributes(result: PruneResult, is_diffusers: bool) -> dict[str, Any]:
+    """What a freshly built model lacks, also where it was pruned before and ``result`` knows the last time only."""
+    attributes = {name: value for name, value in result.attributes.items() if is_count(value)}
+    if is_diffusers:
+        model = result.model
+        attributes.update(changed_attributes(model, build_on_meta(type(model), own_config(model))))
+    return {name: list(v) if isinstance(v, tuple) else int(v) for name, v in sorted(attributes.items())}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_tensors(directory: Path, name: str, manifest: Mapping[str, Any], verify: bool) -> dict[str, torch.Tensor]:
+    path = directory / name
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a mapping)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: copy the whole directory, or save the model again") from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise CheckpointError(f"{path} is cut short or damaged ({e}): copy it or save the model again") from e
+    if verify and manifest["sha256"].get(name) != _sha256(path):
+        raise CheckpointError(
+            f"{path} is not the file that {MANIFEST} was saved with (its SHA-256 differs): save the model again, or "
+            "pass verify=False if you replaced the weights on purpose"
+        )
+    return tensors
+
+
+def _check_names(tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> None:
+    expected = manifest["shapes"]
+    for what, names in (("lack", expected.keys() - tensors.keys()), ("also hold", tensors.keys() - expected.keys())):
+        if names:
+            raise CheckpointError(f"the weights {what} {_listed(names)}, unlike {MANIFEST}: save the model again")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise CheckpointError(
+                f"{name} is {tuple(tensor.shape)} in the weights and {expected[name]} in {MANIFEST}: save it again"
+            )
+
+
+def _listed(names: Any) -> str:
+    names = sorted(names)
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _empty_model(
+    directory: Path, manifest: Mapping[str, Any], model: nn.Module | None
+) -> tuple[nn.Module, nn.Module | None]:
+    """The unpruned model on ``meta``, and where to find tensors that are neither parameters nor buffers."""
+    name = manifest["model_class"]
+    if model is not None:
+        if type(model).__name__ != name:
+            raise CheckpointError(f"{directory} holds a {name}, the given model is a {type(model).__name__}")
+        return copy.deepcopy(model).to("meta"), None
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory / CONFIG} is missing: pass model=, an unpruned {name}, for a class outside diffusers"
+        ) from None
+    except (ValueError, OSError) as e:
+        raise CheckpointError(f"{directory / CONFIG} can't be read ({e}): save the model again") from e
+    if not isinstance(config, dict) or config.get("_class_name") != name:
+        raise CheckpointError(f"{directory / CONFIG} is not the config of a {name}, which {MANIFEST} names")
+    cls = diffusers_class(name)
+    try:
+        empty = build_on_meta(cls, config)
+        has_tensors = any(isinstance(v, torch.Tensor) for m in empty.modules() for v in vars(m).values())
+        return empty, cls.from_config(config) if has_tensors else None  # type: ignore[attr-defined]
+    except Exception as e:  # whatever the class makes of a config that isn't its own
+        raise CheckpointError(f"{name} can't be built from {directory / CONFIG}: {type(e).__name__}: {e}") from e
+
+
+def diffusers_class(name: str) -> type:
+    """A model class that diffusers exports. Raises CheckpointError for any other name."""
+    import diffusers
+
+    cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(cls, type) or not issubclass(cls, diffusers.ModelMixin) or name.startswith("_"):
+        raise CheckpointError(
+            f"{name!r} is not a model of diffusers {diffusers.__version__}: pass model=, an unpruned instance"
+        )
+    return cls
+
+
+def _apply(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Give the empty model the shapes and attributes of the manifest, which isn't trusted."""
+    from .slicing import apply_shapes
+
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    expected = {**manifest["shapes"], **{a: manifest["shapes"].get(b) for a, b in manifest["tied"].items()}}
+    for what, some in (("lacks", expected.keys() - names.keys()), ("also has", names.keys() - expected.keys())):
+        if some:
+            raise CheckpointError(
+                f"{manifest['model_class']} {what} {_listed(some)}, unlike the checkpoint, which was saved with "
+                f"{manifest.get('versions')}: install those versions"
+            )
+    shapes = {n: expected[n] for n in tensors}
+    for name, shape in shapes.items():
+        old = tuple(tensors[name].shape)
+        if shape is None or len(shape) != len(old) or any(not 0 <= s <= o for s, o in zip(shape, old, strict=True)):
+            raise CheckpointError(f"{MANIFEST} gives {name} the shape {shape}, the unpruned model has {old}")
+    attributes = {n: _checked_attribute(model, n, v) for n, v in manifest["attributes"].items()}
+    apply_shapes(model, {n: s for n, s in shapes.items() if s != tuple(tensors[n].shape)}, attributes)
+
+
+def _checked_attribute(model: nn.Module, name: str, value: Any) -> Any:
+    value = tuple(value) if isinstance(value, list) else value
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise CheckpointError(f"{MANIFEST} sets {name}, but the model has no module {path!r}") from None
+    old = vars(module).get(leaf, model)
+    if leaf.startswith("_") or not (old is None or isinstance(old, bool) or is_count(old)):
+        raise CheckpointError(f"{MANIFEST} sets {name}, which is no count of channels in {type(module).__name__}")
+    if not (is_count(value) or isinstance(value, bool)):
+        raise CheckpointError(f"{MANIFEST} sets {name} to {value!r}: only integers and tuples of them may be set")
+    return value
+
+
+def _load(
+    model: nn.Module, state: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor], tied: Mapping[str, str]
+) -> None:
+    full = {**state, **{name: state[of] for name, of in tied.items() if of in state}}
+    try:
+        model.load_state_dict(full, strict=True, assign=True)
+    except RuntimeError as e:
+        raise CheckpointError(f"the weights don't fit the model that {MANIFEST} describes: {e}") from e
+    for name, tensor in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = tensor
+    for name, of in tied.items():
+        (path, _, leaf), (of_path, _, of_leaf) = name.rpartition("."), of.rpartition(".")
+        setattr(model.get_submodule(path), leaf, getattr(model.get_submodule(of_path), of_leaf))
+
+
+def _fill_tensor_attributes(model: nn.Module, real: nn.Module | None) -> None:
+    """Tensors that a class keeps as ordinary attributes are not in any state dict: take them from a real instance."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise CheckpointError(f"the checkpoint has no values for {name}: save the model again")
+    if real is None:
+        return
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                setattr(module, name, vars(real.get_submodule(path))[name])

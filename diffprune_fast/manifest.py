@@ -1,0 +1,130 @@
+"""``diffprune.json``: what a pruned model's weights can't say by themselves, written and read back with care."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .result import PruneResult
+
+FORMAT = 1
+MANIFEST = "diffprune.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged, incomplete or inconsistent; the message says which file and what to do."""
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked contents of ``diffprune.json``, with ``keep`` as index arrays.
+
+    Raises CheckpointError where it is missing, isn't JSON, or lacks what it must have.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: {Path(directory)} is not a pruned model, or its saving broke off; save it again"
+        ) from None
+    except (ValueError, OSError) as e:
+        raise CheckpointError(f"{path} can't be read ({e}): save the model again") from e
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(
+            f"{path} has format {found!r}, this version reads {FORMAT}: use the version that saved it"
+        )
+    for name, kind in _FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise CheckpointError(f"{path}: {name!r} is missing or not a {kind.__name__}; save the model again")
+    for name, shape in manifest["shapes"].items():
+        if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
+            raise CheckpointError(f"{path}: the shape of {name!r} is {shape!r}, not a list of sizes")
+    manifest["shapes"] = {n: tuple(s) for n, s in manifest["shapes"].items()}
+    try:
+        manifest["keep"] = {n: unpack_runs(r) for n, r in manifest["keep"].items()}
+    except (ValueError, TypeError, OverflowError, MemoryError) as e:
+        raise CheckpointError(f"{path}: the keep-sets can't be read ({e})") from e
+    return manifest
+
+
+_FIELDS = {
+    "model_class": str,
+    "plan": str,
+    "plain_config": bool,
+    "tied": dict,
+    "shapes": dict,
+    "attributes": dict,
+    "keep": dict,
+    "sha256": dict,
+}
+
+
+def pack_runs(units: np.ndarray) -> list[int]:
+    """Sorted indices as ``[start, stop, start, stop, ...]``."""
+    units = np.asarray(units, np.int64)
+    breaks = np.flatnonzero(np.diff(units) != 1) + 1
+    starts = units[np.concatenate([[0], breaks])] if units.size else units
+    stops = units[np.concatenate([breaks - 1, [-1]])] + 1 if units.size else units
+    return np.stack([starts, stops], axis=1).reshape(-1).tolist()
+
+
+def unpack_runs(runs: list[int]) -> np.ndarray:
+    """The inverse of :func:`pack_runs`. Raises ValueError for what isn't a list of rising runs."""
+    if not isinstance(runs, list) or len(runs) % 2 or not all(type(r) is int for r in runs):
+        raise ValueError(f"{str(runs)[:60]} is not a list of runs")
+    ends = np.array(runs, np.int64).reshape(-1, 2)
+    if (np.diff(ends.reshape(-1)) <= 0).any() or (ends < 0).any() or (ends > 2**31).any():
+        raise ValueError(f"the runs {str(runs)[:60]} don't rise")
+    return np.concatenate([np.arange(a, b) for a, b in ends] or [np.zeros(0, np.int64)])
+
+
+def provenance(result: PruneResult) -> dict[str, Any]:
+    """How a pruned model came to be: budget, scores, what it cost and costs."""
+    about: dict[str, Any] = {
+        "norm_groups": result.norm_groups,
+        "seed": result.seed,
+        "before": {"params": result.before.params, "macs": result.before.macs},
+        "after": {"params": result.after.params, "macs": result.after.macs},
+        "seconds": dict(result.seconds),
+    }
+    if result.selection is not None:
+        chosen = result.selection
+        about["budget"] = {
+            "asked": chosen.asked,
+            "met": chosen.met,
+            "ranking": chosen.ranking,
+            "notes": list(chosen.notes),
+        }
+    if result.scores is not None:
+        names = ("estimator", "criterion", "seed", "samples", "seconds", "agreement")
+        about["scores"] = {name: _plain_value(getattr(result.scores, name, None)) for name in names}
+        curve = getattr(result.scores, "curve", None)
+        if curve is not None:
+            about["scores"]["curve"] = {
+                n: _plain_value(getattr(curve, n)) for n in ("timesteps", "losses", "threshold")
+            }
+    return about
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+    import diffusers
+
+    return {"diffprune_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
