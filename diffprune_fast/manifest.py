@@ -106,21 +106,18 @@ def provenance(result: PruneResult) -> dict[str, Any]:
             "notes": list(chosen.notes),
         }
     if result.scores is not None:
-        names = ("estimator", "criterion", "seed", "samples", "seconds", "agreement")
-        about["scores"] = {name: _plain_value(getattr(result.scores, name, None)) for name in names}
-        curve = getattr(result.scores, "curve", None)
-        if curve is not None:
-            about["scores"]["curve"] = {
-                n: _plain_value(getattr(curve, n)) for n in ("timesteps", "losses", "threshold")
-            }
+        about["scores"] = _plain_value(result.scores.summary())
     return about
 
 
 def _plain_value(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
+    """JSON has no NaN and no NumPy."""
+    if isinstance(value, dict):
+        return {str(k): _plain_value(v) for k, v in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,0 +1,212 @@
+"""The command line: ``diffprune-fast info``, ``trace`` and ``prune``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+app = typer.Typer(
+    name="diffprune-fast",
+    help="Make trained diffusion models smaller and faster by removing whole channels.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+_show_traceback = False
+
+ModelDir = Annotated[Path, typer.Argument(help="Folder of a diffusers model, or of a model pruned before.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@app.callback()
+def _options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+) -> None:
+    global _show_traceback
+    _show_traceback = traceback
+
+
+@app.command()
+def info() -> None:
+    """Print versions, devices, and which backends can serve and why the others can't."""
+    from .ops import info as ops_info
+
+    typer.echo(ops_info())
+
+
+@app.command()
+def trace(
+    model_dir: ModelDir,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan to this file.")] = None,  # noqa: UP045 (typer on Python 3.10)
+) -> None:
+    """Print which channels of a model go together, and which stay and why."""
+    with _errors_in_one_line():
+        from .tracing import trace as trace_model
+
+        plan = trace_model(_load(model_dir, weights=False))
+        if json_file is not None:
+            json_file.write_text(plan.to_json(), encoding="utf-8")
+        typer.echo(str(plan))
+
+
+@app.command()
+def prune(
+    model_dir: ModelDir,
+    out: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
+    images: Annotated[Optional[Path], typer.Option(help="Folder of training images (any depth).")] = None,  # noqa: UP045
+    ratio: Annotated[Optional[float], typer.Option(help="Share of units to remove. Default: 0.3.")] = None,  # noqa: UP045
+    params: Annotated[Optional[float], typer.Option(help="Parameters to keep: a share or a number.")] = None,  # noqa: UP045
+    macs: Annotated[Optional[float], typer.Option(help="MACs to keep: a share or a number.")] = None,  # noqa: UP045
+    ranking: Annotated[Optional[str], typer.Option(help="local or global. Default: local for a ratio.")] = None,  # noqa: UP045
+    estimator: Annotated[str, typer.Option(help="micro, mean, reference or reference-quad.")] = "micro",
+    criterion: Annotated[str, typer.Option(help="diff-pruning, taylor, fisher, magnitude or random.")] = "diff-pruning",
+    norm_groups: Annotated[str, typer.Option(help="count or exact.")] = "count",
+    round_to: Annotated[int, typer.Option(help="Widths become multiples of so many channels.")] = 8,
+    rounding: Annotated[Optional[str], typer.Option(help="reference: the published code's counts.")] = None,  # noqa: UP045
+    ignore: Annotated[Optional[list[str]], typer.Option(help="Pattern of groups or parameters to keep whole.")] = None,  # noqa: UP045
+    scheduler: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the scheduler's config. Default: the model's pipeline's, else 1000-step DDPM."),
+    ] = None,
+    size: Annotated[Optional[int], typer.Option(help="Image size. Default: the model's sample_size.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(help="Images per micro-batch.")] = 32,
+    max_samples: Annotated[int, typer.Option(help="The most images to score with.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ... Default: cuda where there is one.")] = None,  # noqa: UP045
+) -> None:
+    """Prune a model to a budget and save it."""
+    with _errors_in_one_line():
+        from . import score_and_prune
+        from .checkpoint import read_manifest
+
+        if out.resolve() == model_dir.resolve():
+            raise ValueError(f"--out {out} is the model's own folder: choose another, the original would be lost")
+        model = _load(model_dir).to(_device(device))
+        result = score_and_prune(
+            model,
+            _loader(model, images, criterion, size, batch_size, seed),
+            ratio=ratio,
+            params=params,
+            macs=macs,
+            ranking=ranking,
+            estimator=estimator,
+            criterion=criterion,
+            norm_groups=norm_groups,
+            round_to=round_to,
+            rounding=rounding,
+            ignore=ignore or (),
+            scheduler=_scheduler(model_dir, scheduler),
+            micro_batch=batch_size,
+            min_samples=min(512, max_samples),
+            max_samples=max_samples,
+            seed=seed,
+        )
+        result.save_pretrained(out)
+        typer.echo(str(result))
+        cls = f"diffusers.{type(model).__name__}" if read_manifest(out)["plain_config"] else "diffprune_fast"
+        typer.echo(f"saved:  {out} (load it with {cls}.from_pretrained({str(out)!r}))")
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Errors that the user can mend are one line and exit code 2; anything else is a defect and keeps its traceback."""
+    from .manifest import CheckpointError
+    from .slicing import SliceError
+
+    try:
+        yield
+    except (ValueError, OSError, ArithmeticError, CheckpointError, SliceError) as e:
+        if _show_traceback:
+            raise
+        typer.echo(f"error: {' '.join(str(e).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _load(model_dir: Path, weights: bool = True) -> nn.Module:
+    """The model in a folder; without weights it is on ``meta`` where that is possible."""
+    from .checkpoint import CONFIG, MANIFEST, diffusers_class, from_pretrained
+    from .plain_config import build_on_meta
+
+    if not model_dir.is_dir():
+        raise ValueError(f"{model_dir} is not a folder: download the model and give its folder")
+    if (model_dir / MANIFEST).exists():
+        return from_pretrained(model_dir)
+    if (model_dir / "model_index.json").exists():
+        parts = [p.parent.name for p in sorted(model_dir.glob(f"*/{CONFIG}"))]
+        raise ValueError(f"{model_dir} is a pipeline: give the folder of one of its models ({', '.join(parts)})")
+    config = _read_config(model_dir / CONFIG)
+    cls: Any = diffusers_class(config["_class_name"])
+    if not weights:
+        return build_on_meta(cls, config)
+    model, found = cls.from_pretrained(model_dir, output_loading_info=True)
+    if found["missing_keys"] or found["mismatched_keys"]:
+        wrong = [*found["missing_keys"], *map(str, found["mismatched_keys"])]
+        raise ValueError(f"the weights in {model_dir} lack {wrong[0]} ({len(wrong)} in all): they are of another model")
+    return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {path.parent} is not a folder of diffusers") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise ValueError(f"{path} names no class (_class_name): it is not a config of diffusers")
+    return config
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def _loader(model: Any, images: Path | None, criterion: str, size: int | None, batch_size: int, seed: int) -> Any:
+    from .image_folder import ImageFolder
+
+    if images is None:
+        if criterion in ("magnitude", "random"):
+            return None
+        raise ValueError(f"--images: criterion {criterion} needs a folder of training images")
+    wanted = size or model.config.get("sample_size")
+    if wanted is None:
+        raise ValueError("--size: the model's config has no sample_size, so the images' size must be given")
+    height, width = (wanted, wanted) if isinstance(wanted, int) else wanted
+    return ImageFolder(images, (height, width), model.config.get("in_channels", 3), batch_size, seed)
+
+
+def _scheduler(model_dir: Path, given: Path | None) -> Any:
+    """The scheduler whose noise the model was trained with: the given one, or its pipeline's."""
+    import diffusers
+
+    name = "scheduler_config.json"
+    places = [given] if given is not None else [model_dir, model_dir / "scheduler", model_dir.parent / "scheduler"]
+    for place in places:
+        if (place / name).exists():
+            config = _read_config(place / name)
+            cls = getattr(diffusers, config["_class_name"], None) if config["_class_name"].isidentifier() else None
+            if not isinstance(cls, type) or not issubclass(cls, diffusers.SchedulerMixin):
+                raise ValueError(f"{place / name}: {config['_class_name']!r} is not a scheduler of diffusers")
+            return cls.from_config(config)  # type: ignore[attr-defined]
+    if given is not None:
+        raise ValueError(f"--scheduler {given}: there is no {name}")
+    return None
