@@ -1,8 +1,201 @@
-"""Both operations on the CPU, by the C++ extension ``diffprune_fast._cpu``."""
+"""Both operations on the CPU, by the C++ extension ``diffprune_fast._cpu``: tensors become pointers here."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference
+from .channel_scores import CRITERIA, DTYPES, ScoreTable
+from .slice_channels import Slice, sliced_shape
+
+ABI = 1
+
+try:
+    from .. import _cpu
+
+    _missing = ""
+except ImportError as error:
+    _cpu = None
+    _missing = f"the C++ extension is not built ({error}): pip install -e . builds it"
+else:
+    if getattr(_cpu, "ABI", 0) != ABI:
+        _missing = "the C++ extension was built from older sources: pip install -e . builds it anew"
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def availability() -> str:
     """``"ok"``, or why the extension can't serve."""
-    return "not built yet"
+    return _missing or "ok"
+
+
+def simd() -> str:
+    """The instruction set in use, for example ``"AVX-512"``."""
+    return _cpu.simd() if _cpu is not None else "none"
+
+
+@torch.no_grad()
+def channel_scores_(
+    scores: Tensor,
+    thetas: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    table: ScoreTable,
+    *,
+    criterion: str = "abs",
+    timestep_weights: Tensor | None = None,
+    zero_grad: bool = False,
+) -> Tensor:
+    """As :func:`diffprune_fast.ops.channel_scores_`, without its checks."""
+    stacked = timestep_weights is not None
+    reads = grads is not None and criterion != "magnitude"
+    thetas, rows = list(thetas), []
+    pass_grads = list(grads) if grads is not None and reads else []
+    copied = []
+    for i, theta in enumerate(thetas):
+        row = _layout(theta, table.entries[i].shape)
+        if row is None or (reads and not _same_layout(pass_grads[i], theta, stacked)):
+            row = _layout(theta := theta.contiguous(), table.entries[i].shape)
+            thetas[i] = theta
+            if reads:
+                copied.append(i)
+                pass_grads[i] = pass_grads[i].contiguous()
+        rows.append(row)
+    layout = np.array(rows, np.int64).reshape(-1, 6)
+    units, weights = table.cached("cpu", lambda: _static(table))
+    _cpu.channel_scores(
+        scores.data_ptr(),
+        scores.dtype == torch.float64,
+        np.array([t.data_ptr() for t in thetas], np.int64),
+        np.array([g.data_ptr() for g in pass_grads] if reads else [0] * len(thetas), np.int64),
+        layout,
+        units[0],
+        weights,
+        CRITERIA.index(criterion),
+        timestep_weights.detach().double().cpu().numpy() if timestep_weights is not None and reads else None,
+        zero_grad and reads,
+        torch.get_num_threads(),
+    )
+    if zero_grad and grads is not None:
+        for i in copied if reads else range(len(grads)):
+            grads[i].zero_()
+    return scores
+
+
+def _layout(theta: Tensor, shape: tuple[int, int, int]) -> tuple[int, ...] | None:
+    """Dtype code, sizes and strides as csrc/channel_scores.h wants them; None if the tensor has to be copied first."""
+    outer, inner, trailing = shape
+    code = _DTYPE_CODES[theta.dtype]
+    if theta.is_contiguous():
+        return code, outer, inner, trailing, trailing, 1
+    if _is_channels_last(theta) and tuple(theta.shape[:2]) == (outer, inner):
+        return code, outer, inner, trailing, 1, inner
+    return None
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _same_layout(grad: Tensor, theta: Tensor, stacked: bool) -> bool:
+    if stacked:
+        if grad.shape[0] > 1 and grad.stride(0) != theta.numel():
+            return False
+        grad = grad[0]
+    return grad.is_contiguous() if theta.is_contiguous() else _is_channels_last(grad)
+
+
+def _static(table: ScoreTable) -> tuple[tuple[np.ndarray, list[Tensor]], np.ndarray]:
+    """Addresses of the entries' index tables (with what keeps them alive) and the entries' weights."""
+    alive: list[Tensor] = []
+
+    def address(units: Tensor | None) -> int:
+        if units is None:
+            return 0
+        alive.append(units.detach().cpu().contiguous())
+        return alive[-1].data_ptr()
+
+    units = np.array([(address(e.row_units), address(e.col_units)) for e in table.entries], np.int64)
+    return (units.reshape(-1, 2), alive), np.array([e.weight for e in table.entries], np.float64)
+
+
+@torch.no_grad()
+def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
+    """As :func:`diffprune_fast.ops.slice_channels_`, without its checks.
+
+    Small tensors share a call; never more new memory at once than the largest tensor's.
+    """
+    budget = max((t.numel() * t.element_size() for t in tensors), default=0)
+    for batch in _batches(tensors, slices, budget):
+        outs = [_empty_like(tensors[i], sliced_shape(tensors[i], slices[i])) for i in batch]
+        rows, alive = [], []
+        for i, out in zip(batch, outs):
+            row = _slice_row(tensors[i], slices[i], out, alive)
+            if row is None:
+                out.copy_(reference.slice_channels(tensors[i].detach(), slices[i]))
+            else:
+                rows.append(row)
+        if rows:
+            _cpu.slice_channels(np.array(rows, np.int64), torch.get_num_threads())
+        for i in batch:
+            tensors[i].data = outs.pop(0)
+
+
+def _batches(tensors: Sequence[Tensor], slices: Sequence[Slice], budget: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    used = 0
+    for i, (tensor, piece) in enumerate(zip(tensors, slices)):
+        size = math.prod(sliced_shape(tensor, piece)) * tensor.element_size()
+        if batch and used + size > budget:
+            yield batch
+            batch, used = [], 0
+        batch.append(i)
+        used += size
+    if batch:
+        yield batch
+
+
+def _empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    order = reference.memory_order(tensor)
+    flat = torch.empty([shape[d] for d in order], dtype=tensor.dtype)
+    return flat.permute([order.index(d) for d in range(len(order))])
+
+
+def _slice_row(tensor: Tensor, piece: Slice, out: Tensor, alive: list[Tensor]) -> list[int] | None:
+    """A row of csrc/slice_channels.h's table; None where the reference has to serve."""
+    order = reference.memory_order(tensor)
+    sizes = [tensor.shape[d] for d in order]
+    cut = sorted(order.index(d) for d in piece.keep)
+    if piece.scale is not None:
+        if not order or order[0] != 0 or tensor.dtype not in DTYPES:
+            return None
+        cut = sorted({0, *cut})
+    if len(cut) > 2 or tensor.is_conj() or tensor.is_neg():
+        return None
+    keeps = [piece.keep.get(order[position]) for position in cut]
+    while len(cut) < 2:  # a dim of size 1 behind the last one
+        cut.append(len(sizes))
+        sizes.append(1)
+        keeps.append(None)
+    a, b = cut
+    counts = [sizes[p] if keep is None else len(keep) for p, keep in zip(cut, keeps)]
+    scale = 0
+    if piece.scale is not None:
+        alive.append(piece.scale.detach().to("cpu", torch.float64).contiguous())
+        scale = alive[-1].data_ptr()
+    addresses = []
+    for keep in keeps:
+        if keep is not None:
+            alive.append(keep.cpu().contiguous())
+        addresses.append(alive[-1].data_ptr() if keep is not None else 0)
+    pre, mid, post = math.prod(sizes[:a]), math.prod(sizes[a + 1 : b]), math.prod(sizes[b + 1 :])
+    return [
+        tensor.data_ptr(), out.data_ptr(), tensor.element_size(), pre, sizes[a], mid, sizes[b], post,
+        *addresses, *counts, scale, _DTYPE_CODES.get(tensor.dtype, 0),
+    ]  # fmt: skip
