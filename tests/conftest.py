@@ -1,0 +1,12 @@
+"""Set before anything imports Triton: without a GPU its kernels run in the interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(1)  # small tensors; and several test processes share the cores
