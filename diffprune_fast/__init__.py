@@ -38,8 +38,8 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from . import ops as ops
     from .checkpoint import from_pretrained as from_pretrained
-    from .result import PruneResult as PruneResult
     from .pipeline import score_and_prune as score_and_prune
+    from .result import PruneResult as PruneResult
     from .scoring import Scores as Scores
     from .scoring import score as score
     from .selection import select as select

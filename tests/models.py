@@ -247,12 +247,14 @@ CASES = [
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=8 * 6 + 16,
         ),
-        lambda m: m(
-            _x(2, 4, 16, 16),
-            _t,
-            _x(2, 7, 24),
-            added_cond_kwargs={"text_embeds": _x(2, 16), "time_ids": _x(2, 6)},
-        ).sample,
+        lambda m: (
+            m(
+                _x(2, 4, 16, 16),
+                _t,
+                _x(2, 7, 24),
+                added_cond_kwargs={"text_embeds": _x(2, 16), "time_ids": _x(2, 6)},
+            ).sample
+        ),
     ),
     Case("AutoencoderKL", small_vae, _vae),
     Case(

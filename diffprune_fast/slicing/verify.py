@@ -107,7 +107,11 @@ def attributes_set(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator[
 
 
 def retrace(
-    model: nn.Module, plan: Plan, sliced: Sliced, norm_groups: str, example_inputs: tuple[Any, ...] | dict[str, Any] | None
+    model: nn.Module,
+    plan: Plan,
+    sliced: Sliced,
+    norm_groups: str,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None,
 ) -> None:
     """Trace the sliced model on meta, with the labels of the channels that it kept, against the plan."""
     nodes = Nodes.of(model)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .labels import Labels, Layer, Layers, varying
@@ -84,9 +83,6 @@ def matrix_product(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[st
             left = walk.graph.meet(left, out.shape, mine, padded(bias.shape, out.dim()), walk.place(func))
     walk.label(out, Labels(left))
     return out
-
-
-# -- convolutions -------------------------------------------------------------------------------------------------------
 
 
 def _channels(walk: Walk, func: Any, x: Tensor, n_spatial: int) -> Layer | None:
@@ -210,15 +206,10 @@ def _conv_shell(walk: Walk, func: Any, args: Any, kwargs: Any, named: dict[str, 
 
     stride, pad = per_dim(named.get("stride", 1)), per_dim(padding)
     dilation = per_dim(named.get("dilation", 1))
-    size = [
-        (x.shape[2 + i] + 2 * pad[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(n)
-    ]
+    size = [(x.shape[2 + i] + 2 * pad[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(n)]
     if x.shape[1] != w.shape[1] * named.get("groups", 1):
         return walk.run(func, args, kwargs)  # raises PyTorch's own error
     return shell((x.shape[0], w.shape[0], *size), x)
-
-
-# -- attention ----------------------------------------------------------------------------------------------------------
 
 
 @rule("scaled_dot_product_attention")

@@ -37,7 +37,7 @@ def _meta(*shape: int) -> Tensor:
 
 
 def _config(model: nn.Module) -> Any:
-    return getattr(model, "config")
+    return model.config
 
 
 def _sizes(value: Any, default: int) -> tuple[int, int]:

@@ -87,8 +87,6 @@ class Graph:
         first = layer[tuple([slice(0, 1) if d in dims else slice(None) for d in range(layer.ndim)])]
         self.link(first, layer, place)
 
-    # -- meetings ---------------------------------------------------------------------------------------------------
-
     def meet(self, a: Layers, sa: Shape, b: Layers, sb: Shape, place: str, summed: Sequence[int] = ()) -> Layers:
         """Join two tensors' layers in one index space (both of its rank; size 1 where an operand has no such dim).
 
@@ -153,8 +151,6 @@ class Graph:
             else:
                 kept.append(layer)
         return tuple(kept)
-
-    # -- movement ---------------------------------------------------------------------------------------------------
 
     def moved(self, before: Layer, after: Layer | None, place: str) -> Layer | None:
         """Settle what a reshape did to a layer: split dims are constrained, interleaved ones are tied."""

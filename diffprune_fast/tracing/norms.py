@@ -71,7 +71,9 @@ def layer_norm(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     return out
 
 
-@rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", "_batch_norm_impl_index")
+@rule(
+    "batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", "_batch_norm_impl_index"
+)
 def batch_norm(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     named = _named(func, args, kwargs)
     x = named["input"]

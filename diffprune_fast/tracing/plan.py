@@ -205,7 +205,7 @@ class Plan:
         scale, index, weighted = self._cost_table
         sizes = np.append(self.extents.at(self.counts(keep)), 1)
         macs = scale * sizes[index].prod(axis=1)
-        return int(round(float(macs.sum() if attention else macs[weighted].sum())))
+        return round(float(macs.sum() if attention else macs[weighted].sum()))
 
     def to_json(self) -> str:
         """The plan as JSON text; :meth:`from_json` gives an equal plan."""

@@ -50,9 +50,9 @@ def pass_through(layers: Layers, before: Sequence[int], after: Sequence[int]) ->
     return same, tuple([x for x in layers if not any(x is y for y in same)])
 
 
-# -- elementwise --------------------------------------------------------------------------------------------------------
-
-_IDENTITY = "alias contiguous clone detach detach_ dropout dropout_ to _to_copy lift_fresh requires_grad_ type_as positive"
+_IDENTITY = (
+    "alias contiguous clone detach detach_ dropout dropout_ to _to_copy lift_fresh requires_grad_ type_as positive"
+)
 _LINEAR = "neg"
 _UNARY = """abs acos asin atan bernoulli ceil celu clamp clamp_ clamp_max clamp_min cos cosh elu elu_ erf exp expm1
     feature_dropout floor gelu hardsigmoid hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ log log1p
@@ -118,9 +118,6 @@ def elementwise(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return args[0] if inplace else out
 
 
-# -- movement -----------------------------------------------------------------------------------------------------------
-
-
 def _move(walk: Walk, x: Tensor, out: Tensor, f: Callable[[np.ndarray], np.ndarray], place: str | None) -> Tensor:
     """Do to the labels what the op did to the tensor. ``place``: set for reshapes, whose splits are constrained."""
     labels = walk.labels(x)
@@ -149,8 +146,8 @@ def reshape(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @rule("transpose", "permute", "t", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "unsqueeze", "squeeze", "expand",
-      "select", "unbind", "repeat", "repeat_interleave", "tile", "roll", "flip", "broadcast_to", "unsqueeze_", "squeeze_",
-      "transpose_", "t_")  # fmt: skip
+      "select", "unbind", "repeat", "repeat_interleave", "tile", "roll", "flip", "broadcast_to", "unsqueeze_",
+      "squeeze_", "transpose_", "t_")  # fmt: skip
 def move(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Ops that only move elements run on the labels as they are."""
     x = args[0]
@@ -240,7 +237,7 @@ def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     layers: Layers = ()
     shape: tuple[int, ...] = tuple(1 if d == dim else n for d, n in enumerate(tensors[0].shape))
     along: dict[tuple[int, ...], list[np.ndarray | None]] = {}
-    for i, (t, lab) in enumerate(zip(tensors, labels)):
+    for i, lab in enumerate(labels):
         mine = lab.layers if lab is not None else ()
         for x in mine:
             if x.shape[dim] > 1:
@@ -316,9 +313,6 @@ def pixel_unshuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[s
     if labels is not None:
         walk.label(out, Labels(tuple([np.repeat(y, r * r, axis=x.dim() - 3) for y in labels.layers])))
     return out
-
-
-# -- reductions, spatial ops, embeddings --------------------------------------------------------------------------------
 
 
 def _dims(value: Any, ndim: int) -> list[int]:

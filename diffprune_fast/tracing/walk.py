@@ -103,8 +103,6 @@ class Walk(TorchDispatchMode):
         self.stack: list[str] = []
         self._parameter_names: dict[int, str] = {}
 
-    # -- what rules use ---------------------------------------------------------------------------------------------
-
     def labels(self, t: Any) -> Labels | None:
         return getattr(t, "_channel_labels", None)
 
@@ -207,12 +205,10 @@ class Walk(TorchDispatchMode):
         rows = np.unique(layer) - self.nodes.start.get((weight, 0), 0)
         for name, whole in q.feeds:
             size = self.nodes.shapes[name][0]
-            if not whole and not (0 <= rows[0] and rows[-1] < size):
+            if not whole and not (rows[0] >= 0 and rows[-1] < size):
                 return None
             targets.append((name, np.arange(size) if whole else rows.astype(np.int64)))
         return tuple(targets)
-
-    # -- the mode ---------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
