@@ -52,7 +52,7 @@ def score_and_prune(
     Source: Fang, Ma, Wang: Structural Pruning for Diffusion Models (NeurIPS 2023, arXiv 2305.10924).
     """
     scoring, selecting = _sorted_out(options)
-    budget = {"ratio": ratio, "params": params, "macs": macs}
+    budget: dict[str, Any] = {"ratio": ratio, "params": params, "macs": macs}
     started = time.perf_counter()
 
     if plan is None:

@@ -23,8 +23,12 @@ def images(n: int = 8, channels: int = 3) -> list[torch.Tensor]:
 
 def tiny() -> nn.Module:
     torch.manual_seed(0)
-    return small_unet(block_out_channels=(16, 32), norm_num_groups=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                      up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    return small_unet(
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -88,7 +92,8 @@ def test_gradients_modes_and_frozen_weights_survive() -> None:
     gradient = model.down_blocks[0].resnets[0].conv1.weight.grad.clone()
     identity = {n: id(p) for n, p in model.named_parameters()}
     result = dpf.score_and_prune(model, images(), **QUICK)
-    assert model.training and model.down_blocks[0].training
+    assert model.training
+    assert model.down_blocks[0].training
     assert not model.conv_in.weight.requires_grad
     assert {n: id(p) for n, p in model.named_parameters()} == identity
     rows = result.keep["down_blocks.0.resnets.0.conv1"]

@@ -36,10 +36,10 @@ def slice_model(
     with torch.no_grad():
         for name, rows, factor in scale_factors(plan, sliced):
             t = by_name[name]
-            index = torch.from_numpy(rows).to(t.device)
-            t[index] *= factor
+            at = torch.from_numpy(rows).to(t.device)
+            t[at] *= factor
             if t.grad is not None:
-                t.grad[index] /= factor
+                t.grad[at] /= factor
     for path, value in sliced.attributes.items():
         setattr(*owner_of(model, path), value)
 

@@ -70,7 +70,7 @@ def tables(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]
         for table in (module._parameters, module._buffers):
             for key, t in table.items():
                 if t is not None:
-                    yield (f"{prefix}.{key}".lstrip("."), table, key, t)  # type: ignore[misc]
+                    yield (f"{prefix}.{key}".lstrip("."), table, key, t)
 
 
 def apply_shapes(

@@ -24,7 +24,7 @@ def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 def group_norm(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     named = _named(func, args, kwargs)
     x, weight, bias = named["input"], named.get("weight"), named.get("bias")
-    n = named.get("num_groups", named.get("group"))
+    n = int(named["num_groups"] if "num_groups" in named else named["group"])
     composite = func.overloadpacket.__name__ == "group_norm"
     out = shell(x.shape, x) if composite else walk.run(func, args, kwargs)
     labels = walk.labels(x)

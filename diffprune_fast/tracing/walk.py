@@ -137,8 +137,8 @@ class Walk(TorchDispatchMode):
         """The out-of-place form of an op, to run it on labels."""
         name = func.overloadpacket.__name__
         if name.endswith("_") and hasattr(torch.Tensor, name[:-1]):
-            return getattr(torch.Tensor, name[:-1])  # type: ignore[no-any-return]
-        return func  # type: ignore[no-any-return]
+            return getattr(torch.Tensor, name[:-1])
+        return func
 
     def graph_freeze(self, t: Tensor, dims: Sequence[int], reason: str) -> None:
         labels = self.labels(t)
