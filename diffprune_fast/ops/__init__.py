@@ -6,7 +6,7 @@ in place. ``ops.reference`` has both in plain PyTorch.
 
 from __future__ import annotations
 
-from . import reference
+from . import reference, registration
 from .channel_scores import CRITERIA, ScoreEntry, ScoreTable, channel_scores_
 from .dispatch import BackendError, backends
 from .info import info
@@ -22,5 +22,6 @@ __all__ = [
     "channel_scores_",
     "info",
     "reference",
+    "registration",
     "slice_channels_",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +17,9 @@ from .slice_channels import Slice, sliced_shape
 
 ABI = 1
 
+_cpu: Any
 try:
-    from .. import _cpu
-
+    _cpu = importlib.import_module("diffprune_fast._cpu")
     _missing = ""
 except ImportError as error:
     _cpu = None
@@ -133,8 +135,9 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
     """
     budget = max((t.numel() * t.element_size() for t in tensors), default=0)
     for batch in _batches(tensors, slices, budget):
-        outs = [_empty_like(tensors[i], sliced_shape(tensors[i], slices[i])) for i in batch]
-        rows, alive = [], []
+        outs = [reference.empty_like(tensors[i], sliced_shape(tensors[i], slices[i])) for i in batch]
+        rows: list[list[int]] = []
+        alive: list[Tensor] = []
         for i, out in zip(batch, outs):
             row = _slice_row(tensors[i], slices[i], out, alive)
             if row is None:
@@ -159,12 +162,6 @@ def _batches(tensors: Sequence[Tensor], slices: Sequence[Slice], budget: int) ->
         used += size
     if batch:
         yield batch
-
-
-def _empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    order = reference.memory_order(tensor)
-    flat = torch.empty([shape[d] for d in order], dtype=tensor.dtype)
-    return flat.permute([order.index(d) for d in range(len(order))])
 
 
 def _slice_row(tensor: Tensor, piece: Slice, out: Tensor, alive: list[Tensor]) -> list[int] | None:

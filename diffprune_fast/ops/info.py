@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from . import dispatch
+from . import cpu, dispatch
 
 PACKAGES = ("torch", "diffusers", "numpy", "scipy", "safetensors", "huggingface_hub", "triton", "accelerate")
 
@@ -37,7 +37,7 @@ def _version(name: str) -> str:
 
 
 def _devices() -> list[str]:
-    lines = [f"cpu: {_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    lines = [f"cpu: {_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu.simd()}"]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)

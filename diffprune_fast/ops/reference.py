@@ -99,3 +99,10 @@ def memory_order(tensor: Tensor) -> list[int]:
         return list(range(tensor.dim()))
     strides, sizes = tensor.stride(), tensor.shape
     return sorted(range(tensor.dim()), key=lambda d: (-strides[d], sizes[d] == 1, d))
+
+
+def empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised memory of another shape, its dims in memory in the order of ``tensor``'s."""
+    order = memory_order(tensor)
+    flat = torch.empty([shape[d] for d in order], dtype=tensor.dtype, device=tensor.device)
+    return flat.permute([order.index(d) for d in range(len(order))])
