@@ -16,6 +16,9 @@ from diffprune_fast import from_pretrained
 from diffprune_fast.checkpoint import BUFFERS, CONFIG, WEIGHTS, diffusers_class, save
 from diffprune_fast.manifest import MANIFEST, CheckpointError, pack_runs, read_manifest, unpack_runs
 from diffprune_fast.result import Complexity, PruneResult
+from diffprune_fast.selection import select
+from diffprune_fast.slicing import prune
+from diffprune_fast.tracing import trace
 
 SMALL = {
     "sample_size": 8,
@@ -32,6 +35,13 @@ def result_of(model, **known):
     plan = chain([16, 8], [])
     cost = Complexity(1000, 2000)
     return PruneResult(model, plan, {"layer0": np.array([0, 1, 2, 7])}, cost, cost, seed=3, **known)
+
+
+def prune_by(model, **asked):
+    """Prune by random scores."""
+    plan = trace(model)
+    chosen = select(plan, np.random.default_rng(0).random(plan.n_units), **asked)
+    return prune(model, plan, chosen.keep, norm_groups=chosen.norm_groups)
 
 
 def narrow(layer, dim, keep):
@@ -201,6 +211,51 @@ def test_tied_weights_and_unsaved_buffers_of_other_classes(tmp_path):
         from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="holds a Tied, the given model is a Linear"):
         from_pretrained(tmp_path, nn.Linear(2, 2))
+
+
+def test_an_evenly_pruned_autoencoder_is_saved_as_a_narrower_one(tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=4, sample_size=16, **blocks).eval()
+    result = prune_by(model, ratio=0.25, round_to=1, ignore=["quant_conv.weight", "post_quant_conv.weight"])
+    result.save_pretrained(tmp_path)
+    own = AutoencoderKL.from_pretrained(tmp_path)
+    assert own.config.block_out_channels == [12, 24]
+    image = torch.linspace(-1, 1, 3 * 256).reshape(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(own(image).sample, model(image).sample)
+
+
+def test_a_unet_pruned_evenly_below_its_first_level_is_saved_as_a_narrower_one(tmp_path):
+    """The first level stays: the sinusoids of its width feed the time embedding and are not pruned."""
+    torch.manual_seed(0)
+    model = UNet2DModel(**{**SMALL, "attention_head_dim": 8}).eval()
+    plan = trace(model)
+    first = [g.name for g in plan.groups if g.n_units in (16, 64)]
+    prune_by(model, ratio=0.25, ignore=first).save_pretrained(tmp_path)
+    own = UNet2DModel.from_pretrained(tmp_path)
+    assert own.config.block_out_channels == [16, 24]
+    assert own.config.attention_head_dim == 6
+    assert torch.equal(run(own), run(model))
+
+
+def test_a_unet_pruned_unevenly_keeps_its_config(tmp_path):
+    torch.manual_seed(0)
+    model = UNet2DModel(**SMALL).eval()
+    result = prune_by(model, ratio=0.4, norm_groups="exact", round_to=1, ranking="global")
+    result.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert torch.equal(run(loaded), run(model))
+    assert read_manifest(tmp_path)["keep"].keys() == result.keep.keys()
+    assert json.loads((tmp_path / CONFIG).read_text())["block_out_channels"] == [16, 32]
+
+
+def test_a_pruned_model_can_be_loaded_pruned_again_and_saved(tmp_path):
+    torch.manual_seed(0)
+    prune_by(UNet2DModel(**SMALL), ratio=0.25, round_to=1).save_pretrained(tmp_path / "once")
+    model = from_pretrained(tmp_path / "once")
+    prune_by(model, ratio=0.3, round_to=1).save_pretrained(tmp_path / "twice")
+    assert torch.equal(run(from_pretrained(tmp_path / "twice")), run(model))
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, MANIFEST, CONFIG])
