@@ -18,11 +18,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test sanitize lint format bench clean
 
 help:
 	@echo "make demo     prune a real model, compare it, write demo/report.html (about 5 minutes)"
 	@echo "make test     all tests"
+	@echo "make sanitize the C++ kernels, tested under ASan and UBSan"
 	@echo "make lint     ruff, mypy, clang-format: what a change has to pass"
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make bench    kernels against their references, timed on this machine"
@@ -49,6 +50,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
+sanitize: $(VENV)/.dev
+	PYTHON=$(abspath $(BIN))/python csrc/sanitize.sh
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,7 +65,7 @@ format: $(VENV)/.dev
 	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
