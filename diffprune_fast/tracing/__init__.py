@@ -10,7 +10,7 @@ from .grouping import build_plan
 from .inputs import calls_of
 from .labels import Graph
 from .plan import Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
-from .walk import Nodes, TraceError, Walk
+from .walk import Nodes, TraceError, Walk, explained
 
 __all__ = [
     "Attribute",
@@ -45,9 +45,5 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | N
     except TraceError:
         raise
     except Exception as error:
-        where = f" in {walk.stack[-1]!r}" if walk.stack else ""
-        raise TraceError(
-            f"the forward of {type(model).__name__} failed on the meta device{where}: {error}. Check example_inputs "
-            "(shapes and names of the forward's arguments)."
-        ) from error
+        raise TraceError(explained(model, walk, error)) from error
     return build_plan(model, walk)

@@ -54,6 +54,8 @@ def linear(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
     if w.dim() != 2:
         return unknown(walk, func, args, kwargs)
+    if x.shape[-1] != w.shape[1] or (bias is not None and bias.shape[0] != w.shape[0]):
+        return walk.run(func, args, kwargs)  # raises PyTorch's own error
     out = shell((*x.shape[:-1], w.shape[0]), x)
     ndim = x.dim() + 1
     sx, sw = (*x.shape[:-1], 1, x.shape[-1]), padded(w.shape, ndim)
@@ -71,6 +73,8 @@ def matrix_product(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[st
     walk.constant(func, args, kwargs)
     bias = args[0] if name in ("addmm", "baddbmm") and kwargs.get("beta", 1) != 0 else None
     a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
+    if a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
+        return walk.run(func, args, kwargs)  # raises PyTorch's own error
     out = shell((*a.shape[:-1], b.shape[-1]), a)
     la, lb = _insert(_layers(walk, a), -2), _insert(_layers(walk, b), -3)
     lb = tuple([np.swapaxes(x, -1, -2) for x in lb])
@@ -207,7 +211,9 @@ def _conv_shell(walk: Walk, func: Any, args: Any, kwargs: Any, named: dict[str, 
     stride, pad = per_dim(named.get("stride", 1)), per_dim(padding)
     dilation = per_dim(named.get("dilation", 1))
     size = [(x.shape[2 + i] + 2 * pad[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(n)]
-    if x.shape[1] != w.shape[1] * named.get("groups", 1):
+    bias = named.get("bias")
+    groups = named.get("groups", 1)
+    if x.shape[1] != w.shape[1] * groups or w.shape[0] % groups or (bias is not None and bias.shape[0] != w.shape[0]):
         return walk.run(func, args, kwargs)  # raises PyTorch's own error
     return shell((x.shape[0], w.shape[0], *size), x)
 
@@ -220,6 +226,8 @@ def scaled_dot_product_attention(walk: Walk, func: Any, args: tuple[Any, ...], k
     place = walk.place(func)
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         return unknown(walk, func, args, kwargs)
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        return walk.run(func, args, kwargs)  # raises PyTorch's own error
     out = shell((*q.shape[:-1], v.shape[-1]), q)
     if named.get("scale") is not None:
         walk.constants.append((place, float(named["scale"])))

@@ -26,7 +26,8 @@ def group_norm(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     x, weight, bias = named["input"], named.get("weight"), named.get("bias")
     n = int(named["num_groups"] if "num_groups" in named else named["group"])
     composite = func.overloadpacket.__name__ == "group_norm"
-    out = shell(x.shape, x) if composite else walk.run(func, args, kwargs)
+    fits = x.shape[1] % n == 0 and _fit(x.shape[1], weight, bias)
+    out = shell(x.shape, x) if composite and fits else walk.run(func, args, kwargs)
     labels = walk.labels(x)
     place = walk.place(func)
     layers: Layers = ()
@@ -52,7 +53,11 @@ def layer_norm(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     named = _named(func, args, kwargs)
     x, weight, bias = named["input"], named.get("weight"), named.get("bias")
     composite = func.overloadpacket.__name__ in ("layer_norm", "rms_norm")
-    out = shell(x.shape, x) if composite else walk.run(func, args, kwargs)
+    over = list(named.get("normalized_shape", x.shape[-1:]))
+    fits = list(x.shape[x.dim() - len(over) :]) == over and all(
+        p is None or list(p.shape) == over for p in (weight, bias)
+    )
+    out = shell(x.shape, x) if composite and fits else walk.run(func, args, kwargs)
     labels = walk.labels(x)
     layers = labels.layers if labels is not None else ()
     for parameter in (weight, bias):
@@ -78,7 +83,8 @@ def batch_norm(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     named = _named(func, args, kwargs)
     x = named["input"]
     composite = func.overloadpacket.__name__ in ("batch_norm", "instance_norm")
-    out = shell(x.shape, x) if composite else walk.run(func, args, kwargs)
+    fits = _fit(x.shape[1], *_affine(named))
+    out = shell(x.shape, x) if composite and fits else walk.run(func, args, kwargs)
     labels = walk.labels(x)
     layers: Layers = ()
     for layer in labels.layers if labels is not None else ():
@@ -93,6 +99,11 @@ def batch_norm(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
             walk.attribute(parameter, "num_features", layer)
     walk.label(out if composite else out[0], Labels(layers))
     return out
+
+
+def _fit(n: int, *parameters: Tensor | None) -> bool:
+    """Whether a norm's parameters have its channels; where they don't, PyTorch's own op raises."""
+    return all(p is None or p.shape[0] == n for p in parameters)
 
 
 def _affine(named: dict[str, Any]) -> Sequence[Tensor]:

@@ -243,7 +243,7 @@ class Plan:
         for reason in self.frozen.values():
             reasons[reason] = reasons.get(reason, 0) + 1
         lines.append(f"  frozen: {len(self.frozen)} places")
-        lines += [f"    {n} x {reason}" for reason, n in sorted(reasons.items(), key=lambda kv: -kv[1])]
+        lines += [f"    {n} x {reason}" for reason, n in sorted(reasons.items(), key=lambda kv: (-kv[1], kv[0]))]
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -25,6 +25,20 @@ class TraceError(RuntimeError):
     """The model's forward could not be followed."""
 
 
+def explained(model: nn.Module, walk: Walk, error: Exception) -> str:
+    """What a failed forward means, for its error message."""
+    where = f" in {walk.stack[-1]!r}" if walk.stack and walk.stack[-1] else ""
+    if "meta tensors" in str(error) or isinstance(error, NotImplementedError):
+        return (
+            f"the forward of {type(model).__name__} reads values of an activation{where}, which depends on the data: "
+            f"{error}. Give example_inputs for which it takes no such branch, or trace the part of the model below it."
+        )
+    return (
+        f"the forward of {type(model).__name__} failed on the meta device{where}: {error}. Check example_inputs "
+        "(shapes and names of the forward's arguments)."
+    )
+
+
 @dataclass
 class Nodes:
     """Numbers every channel: node ids of ``(parameter, dim)`` are ``start[(parameter, dim)] + index``; 0 is frozen."""
@@ -212,11 +226,6 @@ class Walk(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket.__name__ == "_local_scalar_dense":
-            raise TraceError(
-                f"{self.place(func)} reads a number from an activation, which depends on the data. Give example_inputs "
-                "for which the forward takes no such branch, or trace the part of the model below it."
-            )
         rule = RULES.get(func._schema.name)
         if rule is not None:
             return rule(self, func, args, kwargs)
