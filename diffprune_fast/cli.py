@@ -124,10 +124,11 @@ def _errors_in_one_line() -> Iterator[None]:
     """Errors that the user can mend are one line and exit code 2; anything else is a defect and keeps its traceback."""
     from .manifest import CheckpointError
     from .slicing import SliceError
+    from .tracing.walk import TraceError
 
     try:
         yield
-    except (ValueError, OSError, ArithmeticError, CheckpointError, SliceError) as e:
+    except (ValueError, OSError, ArithmeticError, CheckpointError, SliceError, TraceError) as e:
         if _show_traceback:
             raise
         typer.echo(f"error: {' '.join(str(e).split())}", err=True)
