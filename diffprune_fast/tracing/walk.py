@@ -191,7 +191,9 @@ class Walk(TorchDispatchMode):
         owner = self.name_of(parameter)
         if owner is None or not layers:
             return
-        module = owner.rpartition(".")[0]
+        module = self.stack[-1] if self.stack else ""
+        if not any(p is parameter for p in self.by_name[module]._parameters.values()):  # a tied one has several owners
+            module = owner.rpartition(".")[0]
         if isinstance(getattr(self.by_name.get(module), name, None), (int, tuple)):
             self.attributes[module, name] = layers[0].reshape(-1)
 
