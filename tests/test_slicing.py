@@ -221,6 +221,10 @@ class Reads(nn.Module):
             h = torch.cat([torch.relu(a), torch.sigmoid(b)], dim=1)
         if self.how == "scale":
             h = h / float(h.shape[1]) ** 0.5
+        if self.how == "integer":
+            h = h / h.shape[1]
+        if self.how == "0-dim tensor":
+            h = h * torch.tensor(h.shape[1] ** -0.5)
         if self.how == "padding":
             h = F.pad(h, (0, 0, 0, 0, 0, 16 - h.shape[1]))
         return self.conv2(h)
@@ -231,6 +235,8 @@ class Reads(nn.Module):
     [
         ("attribute", "would not run"),
         ("scale", "a number"),
+        ("integer", "a number"),
+        ("0-dim tensor", "a number"),
         ("literal split", "slicing|run"),
         ("padding", "slicing|run"),
     ],

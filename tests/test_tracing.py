@@ -148,6 +148,18 @@ def test_reading_a_number_from_an_activation_is_refused() -> None:
         dpf.trace(TwoConvs(lambda h: h * (2.0 if h.sum().item() > 0 else 1.0)), X)
 
 
+def test_ops_of_two_activations_join_them() -> None:
+    class Both(TwoConvs):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv1(x)
+            return self.conv2(torch.max(h, F.prelu(h, self.slope)).clamp(min=-h.abs()))
+
+    model = Both()
+    model.slope = nn.Parameter(torch.full((12,), 0.1))
+    plan = dpf.trace(model, X)
+    assert members(plan, "conv1") == {"conv1.weight:0", "conv1.bias:0", "conv2.weight:1", "slope:0"}
+
+
 def test_residual_joins_both_producers() -> None:
     plan = dpf.trace(ResidualCNN(), (torch.empty(1, 3, 16, 16),))
     assert {"stem.weight:0", "bn.weight:0", "bn.running_var:0", "pointwise.weight:0", "depthwise.weight:0"} <= members(

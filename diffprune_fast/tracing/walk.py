@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import contractions, norms  # noqa: F401  (they fill RULES)
+from . import contractions, movement, norms  # noqa: F401  (they fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from .labels import Graph, Labels, Layer, Layers, varying
 from .rules import RULES, unknown
@@ -163,8 +163,10 @@ class Walk(TorchDispatchMode):
     def constant(self, func: Any, args: Any, kwargs: Any) -> None:
         """Remember a number that the forward uses: one that changes with the widths would change the function."""
         for a in (*args, *kwargs.values()):
-            if isinstance(a, float):
-                self.constants.append((self.place(func), a))
+            if isinstance(a, Tensor) and a.dim() == 0 and a.device.type != "meta":
+                a = a.item()
+            if isinstance(a, (int, float)) and not isinstance(a, bool):
+                self.constants.append((self.place(func), float(a)))
 
     def cost(self, func: Any, total: int, layers: Layers, attention: bool = False) -> None:
         """``total`` multiply-accumulates, proportional to the sizes of the labelled dims."""
