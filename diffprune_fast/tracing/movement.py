@@ -1,0 +1,213 @@
+"""Rules of ops that move elements: whatever they do to a tensor, they do to its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .labels import Labels, Layers, compress, varying
+from .rules import dims_of, rule, unknown
+
+if TYPE_CHECKING:
+    from .walk import Walk
+
+
+def _move(walk: Walk, x: Tensor, out: Tensor, f: Callable[[np.ndarray], np.ndarray], place: str | None) -> Tensor:
+    """Do to the labels what the op did to the tensor. ``place``: set for reshapes, whose splits are constrained."""
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    shape = tuple(x.shape)
+    moved = []
+    for layer in labels.layers:
+        after = compress(f(np.broadcast_to(layer, shape)), layer.size)
+        if place is not None and after is not None:
+            after = walk.graph.moved(layer, after, place)
+        if after is not None:
+            moved.append(after)
+    walk.label(out, Labels(tuple(moved), labels.feeds))
+    return out
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_as", "reshape_as")
+def reshape(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    out = walk.run(func, args, kwargs)
+    if out.numel() != x.numel():  # view(dtype)
+        return unknown(walk, func, args, kwargs)
+    shape = tuple(out.shape)
+    return _move(walk, x, out, lambda a: a.reshape(shape), walk.place(func))
+
+
+@rule("transpose", "permute", "t", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "unsqueeze", "squeeze", "expand",
+      "select", "unbind", "repeat", "repeat_interleave", "tile", "roll", "flip", "broadcast_to", "unsqueeze_",
+      "squeeze_", "transpose_", "t_")  # fmt: skip
+def move(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Ops that only move elements run on the labels as they are."""
+    x = args[0]
+    if walk.labels(x) is None:
+        return walk.run(func, args, kwargs)
+    name = func.overloadpacket.__name__
+    if name in ("select", "unbind"):
+        dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
+        walk.graph_freeze(x, [dim], f"is picked apart by position in {walk.place(func)}")
+    if name in ("roll", "flip"):
+        dims = dims_of(args[2] if name == "roll" and len(args) > 2 else args[1] if name == "flip" else None, x.dim())
+        walk.graph_freeze(x, dims, f"is reordered in {walk.place(func)}")
+    before = tuple(x.shape)
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    assert labels is not None
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    moved: list[list[np.ndarray]] = [[] for _ in outs]
+    call = walk.functional(func)
+    for layer in labels.layers:
+        full = torch.from_numpy(np.array(layer)).expand(before)  # a copy: broadcast labels aren't writable
+        res = call(full, *args[1:], **kwargs)
+        for i, r in enumerate(res if isinstance(res, (tuple, list)) else (res,)):
+            after = compress(r.numpy(), layer.size)
+            if after is not None:
+                moved[i].append(after)
+    for o, m in zip(outs, moved):
+        walk.label(o, Labels(tuple(m), labels.feeds))
+    return out
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pieces of a labelled dim: all equal, so that they stay equal, or else the dim stays whole."""
+    x = args[0]
+    outs = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return outs
+    dim = (kwargs.get("dim", args[2] if len(args) > 2 else 0)) % x.dim()
+    stops = np.cumsum([o.shape[dim] for o in outs])[:-1]
+    pieces: list[list[np.ndarray]] = [[] for _ in outs]
+    for layer in labels.layers:
+        if layer.shape[dim] == 1:
+            parts = [layer] * len(outs)
+        else:
+            parts = np.split(layer, stops, axis=dim)
+            if len({p.shape[dim] for p in parts}) > 1:
+                walk.graph.freeze(layer, f"is split into unequal pieces in {walk.place(func)}")
+            elif len(parts) > 1:
+                rows = np.stack([np.moveaxis(p, dim, -1) for p in parts]).reshape(-1, parts[0].shape[dim])
+                walk.graph.constrain("chunk", walk.place(func), rows)
+        for piece, part in zip(pieces, parts):
+            if part.size > 1:
+                piece.append(part)
+    for o, piece in zip(outs, pieces):
+        walk.label(o, Labels(tuple(piece), labels.feeds))
+    return outs
+
+
+@rule("slice", "narrow", "index_select", "as_strided", "index")
+def pick(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Positions chosen by constants: what was there must stay there."""
+    x = args[0]
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    name = func.overloadpacket.__name__
+    if name in ("as_strided", "index"):
+        return unknown(walk, func, args, kwargs)
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
+    if out.shape[dim] != x.shape[dim] or name == "index_select":
+        walk.graph_freeze(x, [dim], f"is picked apart by position in {walk.place(func)}")
+    kept = tuple([layer for layer in labels.layers if layer.shape[dim] == 1 or out.shape == x.shape])
+    walk.label(out, Labels(kept, labels.feeds))
+    return out
+
+
+@rule("cat", "concat", "concatenate")
+def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Labels side by side along the dim; along every other dim they meet."""
+    tensors = [t for t in args[0] if t.dim() > 1 or t.numel()]
+    out = walk.run(func, args, kwargs)
+    dim = (kwargs.get("dim", args[1] if len(args) > 1 else 0)) % out.dim()
+    labels = [walk.labels(t) for t in tensors]
+    layers: Layers = ()
+    shape: tuple[int, ...] = tuple(1 if d == dim else n for d, n in enumerate(tensors[0].shape))
+    along: dict[tuple[int, ...], list[np.ndarray | None]] = {}
+    for i, lab in enumerate(labels):
+        mine = lab.layers if lab is not None else ()
+        for x in mine:
+            if x.shape[dim] > 1:
+                others = tuple(n if d != dim else -1 for d, n in enumerate(x.shape))
+                along.setdefault(others, [None] * len(tensors))[i] = x
+        rest = tuple([x for x in mine if x.shape[dim] == 1])
+        if i == 0:
+            layers = rest
+        elif layers or rest:
+            layers = walk.graph.meet(layers, shape, rest, shape, walk.place(func))
+    joined = []
+    for others, parts in along.items():
+        full = [
+            np.zeros([t.shape[dim] if n == -1 else n for n in others], np.int32) if x is None else x
+            for t, x in zip(tensors, parts)
+        ]
+        joined.append(np.concatenate(full, axis=dim))
+    for layer in joined:
+        if len(varying(layer)) > 1:
+            walk.graph.constrain("view", walk.place(func), np.moveaxis(layer, dim, -1).reshape(-1, layer.shape[dim]))
+    walk.label(out, Labels((*layers, *joined)))
+    return out
+
+
+@rule("stack")
+def stack(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    raised = [move(walk, torch.ops.aten.unsqueeze.default, (t, dim), {}) for t in args[0]]
+    return cat(walk, torch.ops.aten.cat.default, (raised, dim), {})
+
+
+@rule("channel_shuffle")
+def channel_shuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, groups = args
+    ops = torch.ops.aten
+    shape = tuple(x.shape)
+    y = reshape(walk, ops.view.default, (x, [shape[0], groups, shape[1] // groups, *shape[2:]]), {})
+    y = move(walk, ops.transpose.int, (y, 1, 2), {})
+    return reshape(walk, ops.reshape.default, (y, list(shape)), {})
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The r*r channels of one output channel go together: pixels can't be removed one by one."""
+    x, r = args
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    dim = x.dim() - 3
+    kept = []
+    for layer in labels.layers:
+        if layer.shape[dim] == 1:
+            kept.append(layer)
+            continue
+        blocks = np.moveaxis(layer, dim, -1).reshape(-1, layer.shape[dim] // (r * r), r * r)
+        walk.graph.link(blocks[..., :1], blocks, walk.place(func))
+        shape = list(layer.shape)
+        shape[dim] //= r * r
+        first = np.moveaxis(layer, dim, -1).reshape(*[n for d, n in enumerate(layer.shape) if d != dim], -1, r * r)
+        first = np.moveaxis(first[..., 0], -1, dim)
+        if first.size > 1:
+            kept.append(first)
+    walk.label(out, Labels(tuple(kept)))
+    return out
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, r = args
+    out = walk.run(func, args, kwargs)
+    labels = walk.labels(x)
+    if labels is not None:
+        walk.label(out, Labels(tuple([np.repeat(y, r * r, axis=x.dim() - 3) for y in labels.layers])))
+    return out
