@@ -1,0 +1,56 @@
+"""Collects every benchmark's row and writes ``benchmarks/results/cpu.md`` and ``cpu.json`` when all have run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measured
+import pytest
+
+ROWS: list[measured.Row] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", default=str(Path(__file__).parent / "results"), help="folder of the tables")
+    parser.addoption("--table", default="cpu", help="name of the tables")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # compilers and other libraries warn; that is not what is measured
+        item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture
+def timed(benchmark: Any) -> Callable[..., measured.Row]:
+    """Times ``work`` and keeps its row: ``timed(operation, shape, provider, work, n_bytes=…, error=…)``."""
+
+    def run(
+        operation: str,
+        shape: str,
+        provider: str,
+        work: Callable[..., Any],
+        *,
+        n_bytes: int = 0,
+        error: float | None = None,
+        rounds: int = 7,
+        setup: Callable[[], Any] | None = None,
+        **notes: Any,
+    ) -> measured.Row:
+        read, copy = measured.bandwidth(n_bytes) if n_bytes else (None, None)
+        benchmark.group = f"{operation} {shape}"
+        benchmark.pedantic(work, setup=setup, rounds=rounds, iterations=1, warmup_rounds=1)
+        median, p20, p80 = measured.percentiles(benchmark.stats.stats.data)
+        rate = n_bytes / median / 1e6 if n_bytes else None
+        row = measured.Row(operation, shape, provider, median, p20, p80, rate, read, copy, error, notes)
+        ROWS.append(row)
+        return row
+
+    return run
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if ROWS:
+        directory = Path(session.config.getoption("--results"))
+        print("\n" + measured.write(ROWS, directory, session.config.getoption("--table")))

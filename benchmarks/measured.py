@@ -1,0 +1,123 @@
+"""Bandwidth of this machine, and the table that a benchmark run leaves."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+LARGEST = 1 << 30  # bytes: above, bandwidth doesn't change any more
+
+
+@dataclass
+class Row:
+    """One provider on one shape. Times in ms, bandwidths in GB/s (1e9 bytes)."""
+
+    operation: str
+    shape: str
+    provider: str
+    median: float
+    p20: float
+    p80: float
+    rate: float | None = None  # bytes that must be read and written, over the median
+    read: float | None = None  # bandwidth of reading as many bytes, measured just before
+    copy: float | None = None
+    error: float | None = None  # largest relative difference to float64, or 0 for exact equality
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def seconds(work: Callable[[], Any], rounds: int = 5) -> list[float]:
+    """Wall-clock times of ``rounds`` calls after one that doesn't count."""
+    work()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def bandwidth(n_bytes: int) -> tuple[float, float]:
+    """GB/s of reading and of copying (bytes read + bytes written) working sets of about ``n_bytes``; best of five.
+
+    Reading: two arrays into sums, PyTorch's own kernel. Copying: into memory that is already there.
+    """
+    n = max(1 << 20, min(n_bytes, LARGEST)) // 8
+    a, b = torch.ones(n), torch.ones(n)
+    read = min(seconds(lambda: (a.sum(), b.sum())))
+    copy = min(seconds(lambda: b.copy_(a)))
+    return 8 * n / read / 1e9, 8 * n / copy / 1e9
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """Median, p20 and p80 in ms."""
+    p20, median, p80 = np.percentile(np.array(times) * 1e3, [20, 50, 80])
+    return float(median), float(p20), float(p80)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    from diffprune_fast.ops import cpu
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    return {
+        "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": platform.machine(), "simd": cpu.simd(),
+        "threads": torch.get_num_threads(), **versions,
+    }  # fmt: skip
+
+
+def ratio(row: Row, rows: list[Row], provider: str) -> float | None:
+    """How many times faster ``row`` is than ``provider`` on the same shape."""
+    for other in rows:
+        if (other.operation, other.shape, other.provider) == (row.operation, row.shape, provider):
+            return other.median / row.median
+    return None
+
+
+def write(rows: list[Row], directory: Path, name: str) -> str:
+    """``name``.json and ``name``.md; returns the Markdown."""
+    about = machine()
+    directory.mkdir(parents=True, exist_ok=True)
+    records = [asdict(row) | {"over_reference": ratio(row, rows, "reference")} for row in rows]
+    (directory / f"{name}.json").write_text(json.dumps({"about": about, "rows": records}, indent=1) + "\n")
+    text = [f"<!-- {', '.join(f'{k} {v}' for k, v in about.items())} -->"]
+    for operation in dict.fromkeys(row.operation for row in rows):
+        mine = [row for row in rows if row.operation == operation]
+        text += ["", f"### {operation}", ""]
+        others = [p for p in dict.fromkeys(r.provider for r in mine) if p != "cpu"]
+        titles = ["shape", "provider", "median ms (p20-p80)", "GB/s", "of read", "of copy", "error"]
+        titles += [f"x {p}" for p in others]
+        text += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+        text += ["| " + " | ".join(_cells(row, mine, others)) + " |" for row in mine]
+        for row in mine:
+            text += [f"\n{row.shape}, {row.provider}: {_notes(row)}"] if row.notes else []
+    (directory / f"{name}.md").write_text("\n".join(text) + "\n")
+    return "\n".join(text)
+
+
+def _cells(row: Row, rows: list[Row], others: list[str]) -> list[str]:
+    def percent(whole: float | None) -> str:
+        return f"{row.rate / whole:.0%}" if row.rate and whole else ""
+
+    cells = [row.shape, row.provider, f"{row.median:.3g} ({row.p20:.3g}-{row.p80:.3g})"]
+    cells += [f"{row.rate:.1f}" if row.rate else "", percent(row.read), percent(row.copy)]
+    cells += ["" if row.error is None else "0" if row.error == 0 else f"{row.error:.0e}"]
+    for provider in others:
+        value = ratio(row, rows, provider)
+        cells.append("" if value is None or provider == row.provider else f"{value:.1f}")
+    return cells
+
+
+def _notes(row: Row) -> str:
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.notes.items()
+    )
