@@ -76,6 +76,7 @@ def save(result: PruneResult, directory: str | os.PathLike[str]) -> None:
         (written / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         (directory / MANIFEST).unlink(missing_ok=True)
         for name in [*files, MANIFEST]:
+            shutil.copymode(written / MANIFEST, written / name)  # safetensors makes files that others can't read
             os.replace(written / name, directory / name)
         if not buffers:
             (directory / BUFFERS).unlink(missing_ok=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "diffprune.json"
+# No layer is as wide; a manifest is read before its claims can be compared with the weights.
+MOST_UNITS = 1 << 24
 
 
 class CheckpointError(RuntimeError):
@@ -51,8 +53,9 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
             raise CheckpointError(f"{path}: the shape of {name!r} is {shape!r}, not a list of sizes")
     manifest["shapes"] = {n: tuple(s) for n, s in manifest["shapes"].items()}
     try:
-        manifest["keep"] = {n: unpack_runs(r) for n, r in manifest["keep"].items()}
-    except (ValueError, TypeError, OverflowError, MemoryError) as e:
+        widest = max((max(s, default=1) for s in manifest["shapes"].values()), default=0)
+        manifest["keep"] = {n: unpack_runs(r, widest) for n, r in manifest["keep"].items()}
+    except (ValueError, TypeError, OverflowError) as e:
         raise CheckpointError(f"{path}: the keep-sets can't be read ({e})") from e
     return manifest
 
@@ -78,13 +81,18 @@ def pack_runs(units: np.ndarray) -> list[int]:
     return np.stack([starts, stops], axis=1).reshape(-1).tolist()
 
 
-def unpack_runs(runs: list[int]) -> np.ndarray:
-    """The inverse of :func:`pack_runs`. Raises ValueError for what isn't a list of rising runs."""
+def unpack_runs(runs: list[int], most: int = MOST_UNITS) -> np.ndarray:
+    """The inverse of :func:`pack_runs`.
+
+    Raises ValueError for what isn't a list of rising runs, or names more than ``most`` indices.
+    """
     if not isinstance(runs, list) or len(runs) % 2 or not all(type(r) is int for r in runs):
         raise ValueError(f"{str(runs)[:60]} is not a list of runs")
     ends = np.array(runs, np.int64).reshape(-1, 2)
-    if (np.diff(ends.reshape(-1)) <= 0).any() or (ends < 0).any() or (ends > 2**31).any():
+    if (np.diff(ends.reshape(-1)) <= 0).any() or (ends < 0).any():
         raise ValueError(f"the runs {str(runs)[:60]} don't rise")
+    if np.diff(ends).sum() > min(most, MOST_UNITS):
+        raise ValueError(f"the runs {str(runs)[:60]} name more units than there are channels")
     return np.concatenate([np.arange(a, b) for a, b in ends] or [np.zeros(0, np.int64)])
 
 

@@ -113,6 +113,10 @@ def test_saving_twice_replaces_the_first(uneven, saved):
     assert_same_model(uneven, from_pretrained(saved))
 
 
+def test_whoever_may_read_the_manifest_may_read_the_weights(saved):
+    assert len({p.stat().st_mode for p in saved.iterdir()}) == 1
+
+
 def test_half_precision_is_kept_and_can_be_asked_for(uneven, saved, tmp_path):
     assert from_pretrained(saved, torch_dtype=torch.float16).conv_in.weight.dtype == torch.float16
     save(result_of(uneven.to(torch.bfloat16)), tmp_path / "half")
@@ -298,6 +302,7 @@ def test_other_weights_of_the_same_shapes_are_refused_unless_wanted(uneven, save
         (lambda m: m.pop("shapes"), "'shapes' is missing"),
         (lambda m: m.update(keep=[]), "'keep' is missing or not a dict"),
         (lambda m: m["keep"].update(layer0=[5, 2]), "keep-sets can't be read"),
+        (lambda m: m["keep"].update(layer0=[0, 2**40]), "more units than there are channels"),
         (lambda m: m["shapes"].pop("conv_in.weight"), "the weights also hold 'conv_in.weight'"),
         (lambda m: m["shapes"].update({"x.weight": [1]}), "the weights lack 'x.weight'"),
         (lambda m: m["shapes"].update({"conv_in.bias": [15]}), r"conv_in.bias is \(16,\) in the weights and \(15,\)"),

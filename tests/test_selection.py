@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_plans import chain, random_plan
 
 from diffprune_fast.selection import BudgetError, parse_budget, select, violations
-from diffprune_fast.tracing import Constraint
+from diffprune_fast.tracing import Constraint, Plan
 
 seeds = st.integers(0, 10**6)
 quick = settings(max_examples=60, deadline=None)
@@ -239,6 +239,12 @@ def test_a_plan_without_a_choice_is_refused():
         select(chain([1], []), np.ones(1), ratio=0.5)
     with pytest.raises(BudgetError, match="ignore names all"):
         select(chain([16], []), np.ones(16), macs=0.5, ignore=["*"])
+
+
+def test_a_plan_without_groups_says_why_everything_stays():
+    plan = Plan("Sealed", (), (), {"conv.weight:0": "is an output of the model"}, {"conv.weight": (3, 3)})
+    with pytest.raises(BudgetError, match=r"everything is frozen: is an output of the model"):
+        select(plan, np.zeros(0), ratio=0.3)
 
 
 def test_scores_that_are_not_finite_name_their_group():

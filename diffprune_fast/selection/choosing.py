@@ -96,7 +96,7 @@ def select(
     else:
         chosen = _by_search(plan, allowed, order, values, budget, ranking, own, max_ratio)
     counts = allowed.counts(chosen)
-    notes += _notes(plan, allowed, budget, chosen, free)
+    notes += _notes(plan, allowed, budget, chosen, free, rounding)
     stays = order.kept(chosen)
     keep = {g.name: np.flatnonzero(stays[plan.offsets[i] : plan.offsets[i + 1]]) for i, g in enumerate(plan.groups)}
     asked, met = _words(plan, allowed, budget, counts, free)
@@ -254,14 +254,17 @@ def _removed(of: Lattice, counts: np.ndarray, free: np.ndarray) -> float:
     return 1 - float(counts[mine].sum()) / float(sizes[mine].sum()) if mine.any() else 0.0
 
 
-def _notes(plan: Plan, of: Lattice, budget: Budget, chosen: np.ndarray, free: np.ndarray) -> list[str]:
+def _notes(
+    plan: Plan, of: Lattice, budget: Budget, chosen: np.ndarray, free: np.ndarray, rounding: str | None
+) -> list[str]:
     notes = []
     met = _removed(of, of.counts(chosen), free)
     if budget.kind == "ratio" and abs(met - budget.value) > 0.005:
-        notes.append(
-            f"{met:.1%} of the units go instead of {budget.value:.1%}: widths move in the steps that constraints"
-            + (f" and round_to={of.asked_rounding} allow" if of.asked_rounding > 1 else " allow")
-        )
+        why = "widths move in the steps that constraints"
+        why += f" and round_to={of.asked_rounding} allow" if of.asked_rounding > 1 else " allow"
+        if rounding == "reference":
+            why = "the reference rounds down, per norm group or head"
+        notes.append(f"{met:.1%} of the units go instead of {budget.value:.1%}: {why}")
     tied = np.array([len(c) == 1 for c in of.allowed], bool)
     whole = (chosen == of.levels) & free
     if budget.kind == "ratio" and whole.any():
