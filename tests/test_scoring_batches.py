@@ -44,6 +44,13 @@ def test_pairs_and_dicts_stay_together() -> None:
     assert x.flatten().tolist() == y.tolist() == [0, 1, 2, 3]
 
 
+def test_token_positions_are_shared_by_all_samples() -> None:
+    positions = torch.arange(3)
+    batch = Batches([{"images": numbered(0, 3), "img_ids": positions}], accept).take(2)
+    assert batch["images"].shape[0] == 2
+    assert torch.equal(batch["img_ids"], positions)
+
+
 def test_images_of_another_size_are_not_joined() -> None:
     batches = Batches([images(3), images(3)[..., :4, :4]], accept)
     assert [tuple(batches.take(4).shape) for _ in range(2)] == [(3, 3, 6, 6), (3, 3, 4, 4)]

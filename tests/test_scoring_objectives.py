@@ -13,6 +13,8 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -243,6 +245,13 @@ MISSING = {
         {"encoder_hidden_states": torch.zeros(2, 5, 6)},
         "added_cond_kwargs",
     ),
+    "pooled text of an SD3": (
+        lambda: SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=1
+        ),
+        {"encoder_hidden_states": torch.zeros(2, 5, 6)},
+        "pooled_projections",
+    ),
     "class labels of a DiT": (
         lambda: DiTTransformer2DModel(
             num_attention_heads=1, attention_head_dim=4, in_channels=4, num_layers=1, sample_size=8
@@ -264,6 +273,46 @@ def test_a_missing_part_of_the_added_conditions_is_named() -> None:
     given = {"encoder_hidden_states": torch.zeros(2, 5, 6), "added_cond_kwargs": {"text_embeds": torch.zeros(2, 6)}}
     with pytest.raises(ValueError, match=r"needs \['time_ids'\] in added_cond_kwargs"):
         read_batch(MISSING["added conditions"][0](), {"images": images(2, channels=4), **given})
+
+
+def test_a_forward_that_trips_over_a_missing_input_says_what_it_was_given() -> None:
+    class Wants(Answers):
+        def forward(self, sample: Tensor, timestep: Tensor, style: Any = None) -> Tensor:
+            return sample * style.mean()
+
+    x, noise, t = setup()
+    with pytest.raises(ValueError, match=r"Wants\.forward failed: .* if it needs one of \['style'\]"):
+        make_objective(Wants()).loss(Wants(), x, t, noise)
+
+
+def test_flux_is_told_sigma_with_positions_for_all_samples() -> None:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4),
+    ).eval()  # fmt: skip
+    batch = {
+        "hidden_states": torch.randn(2, 16, 4),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+        "pooled_projections": torch.randn(2, 10),
+        "img_ids": torch.randn(16, 3),
+        "txt_ids": torch.zeros(5, 3),
+    }
+    objective = make_objective(model, FlowMatchEulerDiscreteScheduler())
+    noise = objective.noise(batch, torch.Generator().manual_seed(0))
+    loss = objective.loss(model, batch, 499, noise, reduction="none")
+    x = 0.5 * batch["hidden_states"] + 0.5 * noise
+    output = model(**{**batch, "hidden_states": x, "timestep": torch.tensor([0.5, 0.5])}).sample
+    expected = (output - (noise - batch["hidden_states"])).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_model_that_counts_backwards_needs_a_loss_fn() -> None:
+    class Lumina2Transformer2DModel(Answers):
+        pass
+
+    with pytest.raises(ValueError, match="counts its time backwards"):
+        make_objective(Lumina2Transformer2DModel(), FlowMatchEulerDiscreteScheduler())
 
 
 def test_conditioning_of_another_length_is_an_error() -> None:

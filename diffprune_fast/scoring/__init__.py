@@ -41,8 +41,8 @@ __all__ = [
 
 ESTIMATORS = ("micro", "mean", "reference", "reference-quad")
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
-# With one noise. Where the curve of a small digits model crosses the threshold (t = 377) scatters by 9 % with 16 images,
-# by 1 % with 64; 32 cost about as much as scoring 230 samples.
+# With one noise. Where the curve of a small digits model crosses the threshold (t = 377) scatters by 9 % with 16,
+# by 1 % with 64 images; 32 cost about as much as scoring 230 samples.
 CURVE_SAMPLES = 32
 # The curve's place in the seed's tree; accumulate.NOISE and TIMESTEPS are the others.
 CURVE = 3

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditioning import tensors_in
+from .conditioning import SHARED, tensors_in
 from .objectives import images_of
 
 # What a loader that can be walked only once may leave in memory, to be seen again.
@@ -168,7 +168,7 @@ def _map_leaves(value: Any, n: int, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {k: _map_leaves(v, n, change) for k, v in value.items()}
+        return {k: v if k in SHARED else _map_leaves(v, n, change) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         if len(value) == n and not any(isinstance(v, (Tensor, Mapping, list, tuple)) for v in value):
             return change(value)

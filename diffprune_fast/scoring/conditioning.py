@@ -21,6 +21,17 @@ ADDED_KEYS: Mapping[str, tuple[str, ...]] = {
     "image_hint": ("image_embeds", "hint"),
 }
 
+# Config entries that say that a transformer works on text, although its forward calls the text optional.
+NEEDED_BY_CONFIG = {
+    "cross_attention_dim": "encoder_hidden_states",
+    "joint_attention_dim": "encoder_hidden_states",
+    "caption_channels": "encoder_hidden_states",
+    "pooled_projection_dim": "pooled_projections",
+}
+PER_SAMPLE = ("class_labels", "encoder_hidden_states", "pooled_projections")
+# Positions of tokens: one table for all samples, however many rows it has.
+SHARED = ("img_ids", "txt_ids")
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -82,8 +93,9 @@ def read_batch(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Any]]:
     signature = signature_of(model)
     images, inputs = _split(model, batch, signature)
     _check_complete(model, signature, inputs)
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.ndim and len(value) not in (1, len(images)):
+    for name in PER_SAMPLE:
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.ndim and len(value) != len(images):
             raise ValueError(f"the batch has {len(images)} images, but {name} has {len(value)} rows")
     return images, inputs
 
@@ -130,6 +142,7 @@ def wants_labels(model: nn.Module) -> bool:
 def _check_complete(model: nn.Module, signature: Signature, inputs: Mapping[str, Any]) -> None:
     config = getattr(model, "config", None) or {}
     needed = list(signature.required)
+    needed += [n for key, n in NEEDED_BY_CONFIG.items() if config.get(key) is not None and n in signature.accepted]
     if wants_labels(model) and "class_labels" in signature.accepted:
         needed.append("class_labels")
     added = ADDED_KEYS.get(config.get("addition_embed_type") or "", ())

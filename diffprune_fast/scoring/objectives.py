@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditioning import IMAGE_KEYS, is_autoencoder, map_tensors, read_batch, signature_of, tensors_in
+from .conditioning import IMAGE_KEYS, Signature, is_autoencoder, map_tensors, read_batch, signature_of, tensors_in
 
 LossFunction = Callable[[nn.Module, Any, Tensor, Tensor], Tensor]
 
@@ -17,6 +17,11 @@ REDUCTIONS = ("mean", "none", "pixel_sum")
 DEFAULT_TIMESTEPS = 1000
 # The weight that latent diffusion models train their autoencoders with (Rombach et al., 2022, appendix G).
 KL_WEIGHT = 1e-6
+
+# Flow-matching transformers that are told sigma, where others are told sigma * 1000 (their pipelines divide by 1000).
+TOLD_SIGMA = ("Flux", "Chroma", "QwenImage", "OvisImage", "LongCatImage", "AuraFlow", "NucleusMoEImage", "Krea2")
+# Their time and velocity run the other way: the loss below would be wrong.
+REVERSED = ("Lumina", "ZImage")
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Objective:
         inputs[signature.sample] = self.noisy(images, t, noise).to(dtype)
         if signature.timestep is not None:
             inputs[signature.timestep] = time
-        output = first_tensor(model(**inputs)).to(wide)
+        output = first_tensor(_called(model, inputs, signature)).to(wide)
         target = self.target(images, t, noise)
         if output.shape[1] == 2 * target.shape[1]:
             output = output.chunk(2, dim=1)[0]  # the second half is a learned variance (Nichol & Dhariwal, 2021)
@@ -117,6 +122,18 @@ class Objective:
                 "pass loss_fn(model, batch, t, noise) for a model that doesn't answer with images"
             )
         return (output - target).square()
+
+
+def _called(model: nn.Module, inputs: Mapping[str, Any], signature: Signature) -> Any:
+    """The model's answer. A forward that trips over None lacks an input that its signature calls optional."""
+    try:
+        return model(**inputs)
+    except (AttributeError, TypeError) as error:
+        absent = sorted(signature.accepted - set(inputs))
+        raise ValueError(
+            f"{type(model).__name__}.forward failed: {error}. It was given {sorted(inputs)}; if it needs one of "
+            f"{absent}, the loader's batches must be dicts that have it"
+        ) from error
 
 
 def make_objective(model: nn.Module, scheduler: Any = None, loss_fn: LossFunction | None = None) -> Objective:
@@ -146,7 +163,7 @@ def make_objective(model: nn.Module, scheduler: Any = None, loss_fn: LossFunctio
     config = getattr(scheduler, "config", {})
     kind = config.get("prediction_type") or "epsilon"
     if type(scheduler).__name__.startswith("FlowMatch") or kind == "flow_prediction" or config.get("use_flow_sigmas"):
-        return _flow(config)
+        return _flow(type(model).__name__, config)
     signal2 = getattr(scheduler, "alphas_cumprod", None)
     if signal2 is None or kind not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(
@@ -162,18 +179,20 @@ def _count(scheduler: Any) -> int:
     return int(config.get("num_train_timesteps") or DEFAULT_TIMESTEPS)
 
 
-def _flow(config: Mapping[str, Any]) -> Objective:
-    """Rectified flow: ``(1 - s) * image + s * noise``, target ``noise - image``, the model is told ``s * n``.
+def _flow(model_class: str, config: Mapping[str, Any]) -> Objective:
+    """Rectified flow: ``(1 - s) * image + s * noise``, target ``noise - image``; the model is told ``s * n`` or ``s``.
 
     The shift is the scheduler's; dynamic shifting (by resolution) is left out, as the scheduler itself does before
     ``set_timesteps``. Computed from the config: ``set_timesteps`` has replaced ``scheduler.sigmas`` in one in use.
     """
+    if model_class.startswith(REVERSED):
+        raise ValueError(f"{model_class} counts its time backwards: pass loss_fn(model, batch, t, noise)")
     n = int(config.get("num_train_timesteps") or DEFAULT_TIMESTEPS)
     s = torch.arange(1, n + 1, dtype=torch.float64) / n
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
     if not config.get("use_dynamic_shifting"):
         s = shift * s / (1 + (shift - 1) * s)
-    return Objective("flow", n, 1 - s, s, time=s * n)
+    return Objective("flow", n, 1 - s, s, time=s if model_class.startswith(TOLD_SIGMA) else s * n)
 
 
 def _reconstruction_error(model: nn.Module, images: Tensor) -> Tensor:
