@@ -163,6 +163,15 @@ def test_a_shuffling_loader_is_repeatable_too() -> None:
     assert np.array_equal(first.values, run().values)
 
 
+def test_a_loader_with_a_generator_of_its_own_is_repeatable_and_gets_it_back() -> None:
+    generator = torch.Generator().manual_seed(4)
+    state = generator.get_state()
+    loader = torch.utils.data.DataLoader(images(40), batch_size=5, shuffle=True, generator=generator)
+    first = scored(loader=loader)
+    assert torch.equal(generator.get_state(), state)
+    assert np.array_equal(scored(loader=loader).values, first.values)
+
+
 def test_frozen_channels_are_left_out_of_every_sum() -> None:
     model = tiny()
     plan = tiny_plan(model, frozen_middle=3)

@@ -117,7 +117,7 @@ def score(
 
     if loader is None:
         raise ValueError(f"criterion {criterion!r} needs images: give a loader (only magnitude and random need none)")
-    with own_randomness(seed), torch.inference_mode(False), torch.enable_grad():
+    with own_randomness(seed, loader), torch.inference_mode(False), torch.enable_grad():
         batches = Batches(loader, check)
         with stand_ins(model, table.parameters) as parameters:
             work = Work(

@@ -111,7 +111,7 @@ class MicroScores:
 
     def add(self, k: int, loss: Callable[[], Tensor]) -> None:
         self._current.zero_()
-        with _gradient_hooks(self._work.parameters, self._arrived):
+        with GradientHooks(self._work.parameters, self._arrived):
             loss().backward()
             self._flush()
         if not bool(torch.isfinite(self._current).all()):
@@ -147,7 +147,7 @@ class MicroScores:
                 bad.append(name)
             p.grad = None
 
-        with _gradient_hooks(self._work.parameters, look):
+        with GradientHooks(self._work.parameters, look):
             loss().backward()
         raise FloatingPointError(_not_finite(bad[0] if bad else "one parameter or its score"))
 
@@ -249,7 +249,7 @@ def add_scores(scores: Tensor, work: Work, table: UnitTable, parameters: list[st
     channel_scores_(scores, thetas, grads, entries, criterion=element, backend=work.backend)  # type: ignore[arg-type]
 
 
-class _gradient_hooks:
+class GradientHooks:
     """While inside, ``call(name, parameter)`` whenever a parameter's gradient is complete."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], call: Callable[[str, Tensor], None]) -> None:

@@ -44,8 +44,14 @@ def stand_ins(model: nn.Module, names: tuple[str, ...]) -> Iterator[Mapping[str,
 
 
 @contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Seed every global generator that a loader or a model may draw from, and give all of them back as they were."""
+def own_randomness(seed: int, loader: object = None) -> Iterator[None]:
+    """Seed every global generator that a loader or a model may draw from, and give all of them back as they were.
+
+    loader: its own generators (a DataLoader's, its sampler's) are given back too, so that the next call sees the same.
+    """
+    owners = (loader, getattr(loader, "sampler", None))
+    own = [g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)]
+    states = [g.get_state() for g in own]
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     # Asking CUDA for its state would start it where nobody uses it.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -60,6 +66,8 @@ def own_randomness(seed: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(cpu)
+        for generator, state in zip(own, states):
+            generator.set_state(state)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
 
