@@ -50,6 +50,26 @@ def timed(benchmark: Any) -> Callable[..., measured.Row]:
     return run
 
 
+@pytest.fixture
+def record_stages() -> Callable[[str, str, dict[str, Any]], None]:
+    """Keeps rows of a run that timed itself: one per stage and one for all of them."""
+
+    def record(model: str, provider: str, result: dict[str, Any]) -> None:
+        stages = result["seconds"]
+        for stage, value in {**stages, "all": sum(stages.values())}.items():
+            ms = value * 1e3
+            row = measured.Row("structural part", f"{model} {stage}", provider, ms, ms, ms)
+            if stage == "all":
+                row.notes = {
+                    "peak memory on top, MB": result["peak_extra"] / 1e6,
+                    "largest tensor, MB": result["largest"] / 1e6,
+                    "parameters left": result["params_after"],
+                }
+            ROWS.append(row)
+
+    return record
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if ROWS:
         directory = Path(session.config.getoption("--results"))
