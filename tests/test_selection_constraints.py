@@ -23,7 +23,7 @@ STRADDLE = Constraint("norm", "norm", np.arange(24).reshape(4, 6))
         ({"layer0": [0, 3, 3]}, "unit 3 is named twice"),
         ({"layer0": [0, 16]}, "don't fit into 0..15"),
         ({"layer0": [-1, 2]}, "don't fit into 0..15"),
-        ({"layer0": [0.5]}, "vector of integers"),
+        ({"layer0": [0.5, 1.0]}, "vector of integers"),
         ({"layer0": [[0], [4]]}, "vector of integers"),
     ],
 )
@@ -53,7 +53,10 @@ def test_norm_membership_counts_only_in_exact_mode():
 def test_other_constraints_hold_in_both_modes(kind, norm_groups):
     plan = chain([16], [Constraint(kind, "here", np.arange(16).reshape(4, 4))])
     assert violations(plan, {"layer0": np.arange(8)}, norm_groups) != []
-    assert violations(plan, {"layer0": np.array([0, 5, 10, 15])}, norm_groups) == []
+    assert violations(plan, {"layer0": np.array([0, 1, 4, 5, 8, 11, 12, 15])}, norm_groups) == []
+    (found,) = violations(plan, {"layer0": np.array([0, 5, 10, 15])}, norm_groups)
+    assert "at least 2 must stay" in found
+    assert lattice(plan, norm_groups).allowed[0].tolist() == [2, 3, 4]
 
 
 def test_a_channel_that_stays_counts():
@@ -71,8 +74,15 @@ def test_a_repeated_unit_counts_as_often_as_it_stands_there():
 
 def test_rows_of_single_units_are_free():
     plan = chain([4], [Constraint("heads", "here", np.repeat(np.arange(4), 5).reshape(4, 5))])
-    assert violations(plan, {"layer0": np.array([2])}, "exact") == []
-    assert lattice(plan).allowed[0].tolist() == [1, 2, 3, 4]
+    assert violations(plan, {"layer0": np.array([0, 2])}, "exact") == []
+    assert lattice(plan).allowed[0].tolist() == [2, 3, 4]
+
+
+def test_norm_rows_of_single_units_stay():
+    """A norm keeps its number of groups: a group that went as a whole would be filled from others."""
+    plan = chain([4], [Constraint("norm", "here", np.repeat(np.arange(4), 2).reshape(4, 2))])
+    assert violations(plan, {"layer0": np.array([0, 2])}, "exact") != []
+    assert lattice(plan, "exact").allowed[0].tolist() == [4]
 
 
 def test_unknown_mode_is_refused():
@@ -109,4 +119,4 @@ def test_rounding_counts_channels_and_not_units():
 def test_unequal_rows_of_staying_channels_pin_the_groups():
     rows = np.concatenate([np.arange(12), np.full(4, -1)]).reshape(2, 8)
     plan = chain([12, 8], [Constraint("heads", "h", rows)])
-    assert [len(c) for c in lattice(plan).allowed] == [1, 8]
+    assert [len(c) for c in lattice(plan).allowed] == [1, 7]

@@ -19,6 +19,9 @@ from scipy.sparse.csgraph import connected_components
 from ..tracing import Constraint, Plan
 
 NORM_GROUPS = ("count", "exact")
+# Units per group, and channels per head or piece, that stay at least: a width of 1 broadcasts, so a forward with a
+# mistake in it would run on, and a head of one channel is no head.
+LEAST = 2
 
 
 def check_norm_groups(norm_groups: str) -> None:
@@ -57,8 +60,8 @@ def violations(plan: Plan, keep: Mapping[str, np.ndarray], norm_groups: str = "c
 
 
 def _wrong_indices(units: np.ndarray, n_units: int) -> str:
-    if units.size == 0:
-        return "no unit stays; at least one must"
+    if units.size < min(LEAST, n_units):
+        return f"{units.size or 'no'} unit stays; at least {LEAST} must"
     if units.ndim != 1 or not np.issubdtype(units.dtype, np.integer):
         return f"unit indices must be a vector of integers, not {units.dtype} of shape {units.shape}"
     if units.min() < 0 or units.max() >= n_units:
@@ -73,7 +76,7 @@ def _wrong_indices(units: np.ndarray, n_units: int) -> str:
 
 def _broken(constraint: Constraint, kept: np.ndarray, norm_groups: str) -> str:
     rows = constraint.rows
-    if rows.size == 0 or rows_are_units(rows):
+    if rows.size == 0 or always_holds(constraint):
         return ""
     counts = kept[rows].sum(axis=1)
     total = int(counts.sum())
@@ -82,6 +85,8 @@ def _broken(constraint: Constraint, kept: np.ndarray, norm_groups: str) -> str:
     if constraint.kind == "norm" and norm_groups == "count":
         if total % len(rows):
             return f"{total} channels stay, which {len(rows)} norm groups can't share equally"
+    elif constraint.kind != "norm" and counts.min() < min(LEAST, rows.shape[1]):
+        return f"a row keeps {counts.min()} channel; at least {LEAST} must stay"
     elif (counts != counts[0]).any():
         other = int(np.argmax(counts != counts[0]))
         return (
@@ -90,9 +95,13 @@ def _broken(constraint: Constraint, kept: np.ndarray, norm_groups: str) -> str:
     return ""
 
 
-def rows_are_units(rows: np.ndarray) -> bool:
-    """Whether every row is one unit repeated: a row then goes as a whole and the others keep their size."""
-    return bool((rows == rows[:, :1]).all() and (rows[:, 0] >= 0).all())
+def always_holds(constraint: Constraint) -> bool:
+    """Whether every row is one unit repeated: a row then goes as a whole and the others keep their size.
+
+    Not so for a norm: its number of groups stays, so a row that goes would hand its place to others.
+    """
+    rows = constraint.rows
+    return constraint.kind != "norm" and bool((rows == rows[:, :1]).all() and (rows[:, 0] >= 0).all())
 
 
 @dataclass(frozen=True)
@@ -144,9 +153,24 @@ def lattice(plan: Plan, norm_groups: str = "count", round_to: int = 1) -> Lattic
     # A step of the cluster must be a whole number of steps for each of its groups.
     stride = _lcm_by(cluster, steps // np.gcd(steps, per_level), n_clusters)
     stride[np.unique(cluster[pinned])] = levels[np.unique(cluster[pinned])]
-    choices = [np.arange(q, 0, -s)[::-1] for q, s in zip(levels.tolist(), stride.tolist(), strict=True)]
+    least = _least_levels(plan, cluster, levels, per_level)
+    choices = [
+        np.arange(q, low - 1, -s)[::-1] for q, s, low in zip(levels.tolist(), stride.tolist(), least, strict=True)
+    ]
     allowed, rounded = _round_widths(plan, cluster, per_level, choices, round_to)
     return Lattice(atom, atom_size, atom_group, cluster, levels, tuple(allowed), rounded, round_to)
+
+
+def _least_levels(plan: Plan, cluster: np.ndarray, levels: np.ndarray, per_level: np.ndarray) -> list[int]:
+    """The lowest level of each cluster at which no group and no row falls below ``LEAST``."""
+    least = np.ones(len(levels), np.int64)
+    np.maximum.at(least, cluster, -(-LEAST // np.maximum(per_level, 1)))
+    for constraint in plan.constraints:
+        units = constraint.rows[constraint.rows >= 0]
+        if units.size and constraint.kind != "norm" and not always_holds(constraint):
+            c = cluster[np.searchsorted(plan.offsets, units[0], side="right") - 1]
+            least[c] = max(least[c], -(-LEAST * levels[c] // constraint.rows.shape[1]))
+    return np.minimum(least, levels).tolist()
 
 
 def _sort_constraints(
@@ -159,7 +183,7 @@ def _sort_constraints(
     for constraint in plan.constraints:
         rows = constraint.rows
         units = rows[rows >= 0]
-        if units.size == 0 or rows_are_units(rows):
+        if units.size == 0 or always_holds(constraint):
             continue
         stays = (rows < 0).sum(axis=1)
         even = bool((stays == stays[0]).all())

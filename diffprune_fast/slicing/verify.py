@@ -67,21 +67,25 @@ class _Gate(Graph):
         self.alive = alive
         self.allowed = {self._key(c.kind, c.rows) for c in plan.constraints}
 
-    def _key(self, kind: str, rows: np.ndarray) -> tuple[bool, bytes]:
-        """Rows with what stays of them; a norm in "count" mode has no rows."""
+    def _key(self, kind: str, rows: np.ndarray) -> tuple[str, bytes]:
+        """Rows with what stays of them; an instance norm, and a norm in "count" mode, have no rows to keep apart."""
         left = [row[self.alive[row]] for row in rows]
-        if kind == "norm" and self.norm_groups == "count":
-            return True, np.concatenate(left).tobytes()
-        return kind == "norm", b"|".join([row.tobytes() for row in left])
+        if kind == "instance_norm" or (kind == "norm" and self.norm_groups == "count"):
+            return kind, np.concatenate(left).tobytes()
+        return kind if "norm" in kind else "", b"|".join([row.tobytes() for row in left])
 
     def constrain(self, kind: str, place: str, rows: np.ndarray) -> None:
         super().constrain(kind, place, rows)
         units = self.unit_of[rows]
-        if (units < 0).all() or (kind != "norm" and (units == units[:, :1]).all()):
+        if (units < 0).all() or ("norm" not in kind and (units == units[:, :1]).all()):
             return
-        if rows.shape[0] > 1 and self._key(kind, units) not in self.allowed:
-            what = "norm groups" if kind == "norm" else "rows"
-            raise SliceError(f"after slicing, the {what} of {place} would hold other channels than before")
+        if kind == "instance_norm":  # or a norm that keeps one channel in each group
+            if self._key(kind, units) in self.allowed or self._key("norm", units) in self.allowed:
+                return
+        elif rows.shape[0] == 1 or self._key(kind, units) in self.allowed:
+            return
+        what = "norm groups" if "norm" in kind else "rows"
+        raise SliceError(f"after slicing, the {what} of {place} would hold other channels than before")
 
     def compare(self) -> None:
         """All edges join channels of one unit (or channels that stay); all that is frozen stays."""

@@ -142,9 +142,9 @@ def _constraints(graph: Graph, unit_of: np.ndarray, offsets: np.ndarray) -> tupl
         rows = unit_of[c.rows]
         if (rows < 0).all():
             continue
-        if c.kind != "norm" and (rows == rows[:, :1]).all() and (rows >= 0).all():
+        if c.kind not in ("norm", "instance_norm") and (rows == rows[:, :1]).all() and (rows >= 0).all():
             continue
-        key = ("norm" if c.kind == "norm" else "", rows.tobytes(), rows.shape)
+        key = (c.kind if "norm" in c.kind else "", rows.tobytes(), rows.shape)
         if key in seen:
             continue
         seen.add(key)

@@ -39,8 +39,7 @@ def group_norm(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         walk.norm_attribute(weight, "num_channels", layer)
         if layer.size == n:
             walk.norm_attribute(weight, "num_groups", layer)
-        else:
-            walk.graph.constrain("norm", place, layer.reshape(n, -1))
+        walk.graph.constrain("norm" if layer.size > n else "instance_norm", place, layer.reshape(n, -1))
     layers = add_bias(walk, func, layers, x.shape, weight, 1)
     layers = add_bias(walk, func, layers, x.shape, bias, 1)
     walk.label(out if composite else out[0], Labels(layers))

@@ -49,7 +49,8 @@ class Group:
 class Constraint:
     """A matrix of units whose rows must keep equally many.
 
-    kind: ``"norm"`` (rows are a GroupNorm's groups), ``"heads"``, ``"chunk"``, ``"conv_groups"``.
+    kind: ``"norm"`` (rows are a GroupNorm's groups), ``"heads"``, ``"chunk"``, ``"conv_groups"``, ``"view"``;
+    ``"instance_norm"`` (one channel in each row, a norm whose number of groups follows its channels) always holds.
     rows: ``(n_rows, per_row)`` int64 of plan-wide unit ids (see :attr:`Plan.offsets`); -1 is a channel that
     always stays. A unit may stand in a row more than once.
     """
