@@ -71,13 +71,10 @@ def _tile(images: Tensor, columns: int) -> np.ndarray:
 def loss_curve(curve: LossCurve) -> Figure:
     """The loss at each timestep relative to its largest, with the threshold that says which timesteps are scored."""
     timesteps, relative = np.asarray(curve.timesteps), np.asarray(curve.relative)
-    order = np.argsort(timesteps)
-    timesteps, relative = timesteps[order], relative[order]
     figure = _figure(6.4, 3.0)
     axes = figure.subplots()
     _plain(axes)
     axes.plot(timesteps, relative, color=ACCENT, marker="o", markersize=3.5, linewidth=1.4)
-    used = relative > curve.threshold
     lowest = min(float(relative[relative > 0].min()), curve.threshold or 1.0)
     axes.set_yscale("log")
     axes.set_ylim(lowest * 0.6, 1.6)
@@ -92,7 +89,12 @@ def loss_curve(curve: LossCurve) -> Figure:
             fontsize=8,
             color=INK,
         )
-    axes.fill_between(timesteps, lowest * 0.6, relative, where=used, color=PALE, linewidth=0, label="scored timesteps")
+    first, last = curve.kept
+    scored = np.unique(np.append(timesteps[(timesteps >= first) & (timesteps <= last)], (first, last)))
+    axes.fill_between(
+        scored, lowest * 0.6, np.interp(scored, timesteps, relative), color=PALE, linewidth=0, label="scored timesteps"
+    )
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axes.set_xlabel("timestep t", fontsize=9, color=INK)
     axes.set_ylabel("loss relative to largest", fontsize=9, color=INK)
     axes.legend(frameon=False, fontsize=8, loc="upper right")
