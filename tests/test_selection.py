@@ -149,6 +149,12 @@ def test_reference_rounding_truncates_per_norm_group_and_ignores_round_to():
     assert [len(k) for k in got.keep.values()] == [96, 192, 180]
 
 
+def test_reference_rounding_leaves_two_units():
+    got = select(chain([4, 64], []), np.ones(68), ratio=0.9, rounding="reference")
+    assert [len(k) for k in got.keep.values()] == [2, 7]
+    assert violations(chain([4, 64], []), got.keep) == []
+
+
 def test_ratios_and_ignore_go_by_name_pattern():
     plan = chain([64, 64, 64, 64], [])
     got = select(plan, scores_for(plan), ratio=0.5, ratios={"layer0": 0.25, "layer[01]*": 0.75}, ignore=["layer3.*"])
