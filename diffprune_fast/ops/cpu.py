@@ -168,14 +168,15 @@ def _slice_row(tensor: Tensor, piece: Slice, out: Tensor, alive: list[Tensor]) -
     """A row of csrc/slice_channels.h's table; None where the reference has to serve."""
     order = reference.memory_order(tensor)
     sizes = [tensor.shape[d] for d in order]
-    cut = sorted(order.index(d) for d in piece.keep)
+    cut = sorted(order.index(d) for d, keep in piece.keep.items() if len(keep) < tensor.shape[d])
     if piece.scale is not None:
         if not order or order[0] != 0 or tensor.dtype not in DTYPES:
             return None
         cut = sorted({0, *cut})
     if len(cut) > 2 or tensor.is_conj() or tensor.is_neg():
         return None
-    keeps = [piece.keep.get(order[position]) for position in cut]
+    whole = {position for position in cut if len(piece.keep.get(order[position], ())) in (0, sizes[position])}
+    keeps = [None if position in whole else piece.keep[order[position]] for position in cut]
     while len(cut) < 2:  # a dim of size 1 behind the last one
         cut.append(len(sizes))
         sizes.append(1)

@@ -20,28 +20,35 @@ def slice_model(
     wanted: dict[str, dict[int, np.ndarray]] = {}
     for (name, dim), index in sliced.kept.items():
         wanted.setdefault(name, {})[dim] = index
+    factors: dict[str, list[tuple[np.ndarray, float]]] = {}
+    for name, rows, factor in scale_factors(plan, sliced):
+        factors.setdefault(name, []).append((rows, factor))
     tensors: list[Tensor] = []
     slices: list[ops.Slice] = []
-    by_name: dict[str, Tensor] = {}
     for name, _, _, t in tables(model):
-        by_name.setdefault(name, t)
-        if name not in wanted:
+        if name not in wanted and name not in factors:
             continue
-        keep = {dim: torch.from_numpy(index) for dim, index in wanted.pop(name).items()}
+        keep = {dim: torch.from_numpy(index) for dim, index in wanted.pop(name, {}).items()}
+        scale = _row_scale(t, keep, factors.pop(name, []))
         for x in (t, t.grad, *_state_of(optimizer, t)):
             if x is not None:
+                # a weight that grew by a factor has a gradient that shrank by it
+                rows_scale = scale if x is t or scale is None else 1 / scale if x is t.grad else None
                 tensors.append(x)
-                slices.append(ops.Slice(keep))
+                slices.append(ops.Slice(keep, rows_scale))
     ops.slice_channels_(tensors, slices, backend=backend)
-    with torch.no_grad():
-        for name, rows, factor in scale_factors(plan, sliced):
-            t = by_name[name]
-            at = torch.from_numpy(rows).to(t.device)
-            t[at] *= factor
-            if t.grad is not None:
-                t.grad[at] /= factor
     for path, value in sliced.attributes.items():
         setattr(*owner_of(model, path), value)
+
+
+def _row_scale(t: Tensor, keep: dict[int, Tensor], factors: list[tuple[np.ndarray, float]]) -> Tensor | None:
+    """``(kept rows,)``, None where nothing is scaled. ``factors``: rows after slicing, and what multiplies them."""
+    if not factors:
+        return None
+    scale = torch.ones(len(keep[0]) if 0 in keep else t.shape[0], dtype=torch.float64)
+    for rows, factor in factors:
+        scale[torch.from_numpy(rows)] *= factor
+    return scale
 
 
 def _state_of(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> list[Tensor]:
