@@ -129,6 +129,34 @@ def test_halves_are_the_even_and_the_odd_micro_batches() -> None:
     assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith(("unused", "conv_out.bias")))
 
 
+def test_no_more_than_a_bucket_of_gradients_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffprune_fast.scoring import accumulate
+
+    held: list[int] = []
+
+    def watch(scores: Tensor, work: Work, *rest: Any) -> None:
+        held.append(sum(p.grad is not None for p in work.parameters.values()))
+        add_scores(scores, work, *rest)
+
+    add_scores = accumulate.add_scores
+    monkeypatch.setattr(accumulate, "add_scores", watch)
+    whole = scored(timesteps=ALLOWED)
+    assert max(held) > 5  # the tiny model is smaller than a bucket
+    held.clear()
+    monkeypatch.setattr(MicroScores.__init__, "__defaults__", (1,))
+    found = scored(timesteps=ALLOWED)
+    assert max(held) == 1
+    np.testing.assert_allclose(found.values, whole.values, rtol=1e-12)
+
+
+def test_the_progress_bar_shows_the_agreement(capsys: pytest.CaptureFixture[str]) -> None:
+    found = scored(progress=True, timesteps=ALLOWED)
+    shown = capsys.readouterr().err
+    assert f"agreement={found.agreement:.3f}" in shown
+    scored(timesteps=ALLOWED)
+    assert capsys.readouterr().err == ""
+
+
 def test_scoring_stops_when_the_halves_agree_twice_running() -> None:
     always = scored(agreement=0.0, max_samples=4 * 64, min_samples=4)
     assert always.samples == 4 * 16  # sixteen micro-batches, two looks

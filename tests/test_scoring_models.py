@@ -73,3 +73,53 @@ def test_micro_reaches_every_group_of_a_traced_model(case: tuple[Any, Any, list[
     for group in plan.groups:
         assert (found.of(plan, group.name) > 0).any(), group.name
     assert (found.curve is None) == (scheduler is None)
+
+
+def test_variant_ddpm_prune_is_torch_prunings_taylor_importance() -> None:
+    """Group by group, wherever both agree on what a group is (attention's q, k and v: torch-pruning makes them one)."""
+    import torch_pruning
+
+    torch.manual_seed(0)
+    model = small_unet().eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    plan, x, timesteps = trace(model), batch_for(model).float(), [0, 7, 100]
+    found = score(
+        model, [x], plan, estimator="reference", variant="ddpm_prune", timesteps=timesteps, seed=1, progress=False
+    )
+
+    objective = make_objective(model)
+    noise = objective.noise(x, generator_for(1, NOISE, 0))
+    for t in timesteps:
+        objective.loss(model, x, t, noise).backward()
+    graph = torch_pruning.DependencyGraph().build_dependency(
+        model, example_inputs={"sample": x, "timestep": torch.zeros(2)}
+    )
+    importance = torch_pruning.importance.GroupTaylorImportance()
+    modules, compared = dict(model.named_modules()), 0
+    for group in plan.groups:
+        root = next(m for m in group.members if m.dim == 0 and len(plan.shapes[m.parameter]) > 1)
+        owner = root.parameter.removesuffix(".weight")
+        if ".to_" in owner and "to_out" not in owner:
+            continue
+        prune = f"prune_{'conv' if isinstance(modules[owner], nn.Conv2d) else 'linear'}_out_channels"
+        channels = list(range(plan.shapes[root.parameter][0]))
+        theirs = importance(graph.get_pruning_group(modules[owner], getattr(torch_pruning, prune), channels)).numpy()
+        np.testing.assert_allclose(found.of(plan, group.name), theirs[root.index[:, 0]], rtol=1e-5, err_msg=owner)
+        compared += 1
+    assert compared > 20
+
+
+@pytest.mark.parametrize("case", list(MODELS.values())[:2], ids=list(MODELS)[:2])
+def test_gradient_checkpointing_does_not_change_the_scores(case: tuple[Any, Any, list[int]]) -> None:
+    make, scheduler, timesteps = case
+    torch.manual_seed(0)
+    model = make().double().eval()
+    plan, batch = trace(model), batch_for(model)
+    options: dict[str, Any] = {"scheduler": scheduler, "timesteps": timesteps, "progress": False}
+    options |= {"micro_batch": 2, "min_samples": 4, "max_samples": 4}
+    plain = score(model, [batch], plan, **options)
+    model.enable_gradient_checkpointing()
+    again = score(model, [batch], plan, **options)
+    np.testing.assert_allclose(again.values, plain.values, rtol=1e-9)
+    assert all(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing"))
