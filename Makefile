@@ -20,7 +20,7 @@ export GOMP_SPINCOUNT ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What the installed package is built from: a change here installs it anew.
-BUILD_FILES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+BUILD_FILES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 .PHONY: help demo test sanitize lint format bench clean

@@ -7,10 +7,10 @@ import io
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..manifest import versions
 from .table import HEADINGS, Measured, cells
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def write_report(
         rows=[cells(row, rows[0]) for row in rows],
         headline=headline(rows[0], rows[1]) if len(rows) > 1 else [],
         figures=[(heading, embedded(figure), text) for heading, (figure, text) in figures.items()],
-        facts={**_facts_of(result), **(notes or {}), **versions()},
+        facts={**_facts_of(result), **(notes or {}), **made_with()},
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
     path = Path(path)
@@ -100,12 +100,7 @@ def _facts_of(result: PruneResult | None) -> dict[str, str]:
     return facts
 
 
-def versions() -> dict[str, str]:
+def made_with() -> dict[str, str]:
     """The versions of what made the page, and the machine's kind."""
-    found = []
-    for name in ("diffprune_fast", "torch", "diffusers"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} (not installed)")
-    return {"versions": ", ".join(found), "machine": f"{platform.system()} {platform.machine()}"}
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return {"versions": found, "machine": f"{platform.system()} {platform.machine()}"}
