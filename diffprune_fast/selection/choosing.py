@@ -269,7 +269,7 @@ def _notes(
     if budget.kind == "ratio" and whole.any():
         notes.append(f"{_named(plan, whole[of.cluster])} stay whole: their next step is further than the asked ratio")
     if tied.any():
-        notes.append(f"{_named(plan, tied[of.cluster])} can't be pruned: a constraint ties them to channels that stay")
+        notes.append(f"{_named(plan, tied[of.cluster])} stay whole: constraints leave them no other width")
     loose = (of.rounded < of.asked_rounding) & ~tied & (chosen < of.levels)
     if loose.any():
         to = ", ".join(str(r) for r in np.unique(of.rounded[loose]))
