@@ -45,7 +45,6 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     "slice_channels": {
         "cpu": Backend("ops.cpu", ("cpu",)),
         "cuda": Backend("ops.cuda", ("cuda",)),
-        "triton": Backend("kernels.slice_channels", ("cuda", "xpu")),
         "reference": Backend("ops.reference", ()),
     },
 }

@@ -34,7 +34,7 @@ def block_shape(dtype: torch.dtype, stacked: bool, same_order: bool) -> tuple[in
     memory order (their addresses do): with all of them the compiler spills registers.
     """
     rows, cols = BLOCKS[dtype]
-    return rows // (2 if stacked else 1) // (1 if same_order else 2), cols
+    return rows // (2 if stacked else 1) // (1 if same_order else 4), cols
 
 
 @dataclass(frozen=True)

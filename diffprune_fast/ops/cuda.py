@@ -1,0 +1,102 @@
+"""``slice_channels_`` on CUDA devices, in place, by the extension ``diffprune_fast._cuda``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference, slice_tables
+from .slice_channels import Slice, sliced_shape
+
+ABI = 1
+
+_cuda: Any
+try:
+    _cuda = importlib.import_module("diffprune_fast._cuda")
+    _missing = ""
+except ImportError as error:
+    _cuda = None
+    _missing = (
+        f"the CUDA extension is not built ({error}): it is where the package is installed with nvcc on PATH; without "
+        "it, PyTorch's index_select slices on GPUs"
+    )
+else:
+    if getattr(_cuda, "ABI", 0) != ABI:
+        _missing = "the CUDA extension was built from older sources: pip install -e . builds it anew"
+
+
+def availability() -> str:
+    """``"ok"``, or why the extension can't serve."""
+    if _missing:
+        return _missing
+    return "ok" if torch.cuda.is_available() else "the CUDA extension is built, but PyTorch sees no CUDA device"
+
+
+@torch.no_grad()
+def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
+    """As :func:`diffprune_fast.ops.slice_channels_`, without its checks; all tensors on one device.
+
+    One launch compacts every tensor where it lies, on the caller's current stream; then one tensor after the other
+    gives its old memory back, so that never more than the largest tensor is needed on top. Nothing waits for the
+    device, unless index tables lie on it. Tensors that the kernel can't slice (more than two sliced dims, or integers
+    with a scale) are sliced by the reference.
+    """
+    tables, left = slice_tables.build(tensors, slices)
+    skipped = set(left)
+    if len(tables.tile_entry):
+        _launch(tables, tensors[0].device)
+    for i, (tensor, piece) in enumerate(zip(tensors, slices)):
+        if i in skipped:
+            reference.slice_channels_([tensor], [piece])
+        else:
+            shrink(tensor, sliced_shape(tensor, piece))
+
+
+def _launch(tables: slice_tables.SliceTables, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream()
+        indices = _put(tables.indices, device)
+        scales = [scale.to(device, non_blocking=True) for _, scale in tables.scales]
+        entries = _put(tables.placed(indices.data_ptr(), [s.data_ptr() for s in scales]), device)
+        tile_entry = _put(tables.tile_entry, device)
+        n, tiles = len(tables.entries), len(tables.tile_entry)
+        flags = torch.zeros(1 + tiles + n, dtype=torch.int32, device=device)
+        _cuda.slice_channels(
+            entries=entries.data_ptr(),
+            tile_entry=tile_entry.data_ptr(),
+            tiles=tiles,
+            ticket=flags.data_ptr(),
+            read=flags[1:].data_ptr(),
+            frontier=flags[1 + tiles :].data_ptr(),
+            device=stream.device_index,
+            stream=stream.cuda_stream,
+        )
+
+
+def _put(values: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, by a copy that the host doesn't wait for."""
+    return torch.from_numpy(values).pin_memory().to(device, non_blocking=True)
+
+
+def shrink(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Give a tensor whose first elements in memory are its slice the slice's shape, and its other memory back."""
+    if shape == tuple(tensor.shape):
+        return
+    strides, step = [0] * tensor.dim(), 1
+    for dim in reversed(reference.memory_order(tensor)):
+        strides[dim], step = step, step * shape[dim]
+    compact = tensor.detach().as_strided(shape, strides)
+    storage = tensor.untyped_storage()
+    if tensor.is_cuda and torch.cuda.current_stream(tensor.device) != torch.cuda.default_stream(tensor.device):
+        # the kernel may still be at work when the old memory goes back to the stream that it was taken on
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    if storage.resizable():
+        tensor.data = compact
+        storage.resize_(step * tensor.element_size())
+    else:
+        tensor.data = compact.clone(memory_format=torch.preserve_format)
