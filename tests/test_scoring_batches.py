@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +121,8 @@ def test_channels_come_from_the_config_before_the_first_convolution() -> None:
     assert in_channels(model) == 3
     model.config = {"in_channels": 5}  # type: ignore[assignment]
     assert in_channels(model) == 5
+    model.config = SimpleNamespace(in_channels=7)  # type: ignore[assignment]
+    assert in_channels(model) == 7
 
 
 def test_nan_and_integer_and_empty_images_are_named() -> None:

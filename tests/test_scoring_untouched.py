@@ -239,6 +239,15 @@ def test_an_infinite_gradient_names_the_parameter(estimator: str) -> None:
         score(model, [images(8)], tiny_plan(model), estimator=estimator, timesteps=[0], **QUICK)
 
 
+def test_a_mask_of_infinities_is_no_broken_weight_but_a_nan_in_a_buffer_is() -> None:
+    model = tiny()
+    model.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    assert check_weights(model) == torch.device("cpu")
+    model.mask[0] = float("nan")  # type: ignore[index,operator]
+    with pytest.raises(ValueError, match="mask has 1 NaN"):
+        check_weights(model)
+
+
 def test_a_checked_model_tells_its_device() -> None:
     assert check_weights(tiny()) == torch.device("cpu")
 

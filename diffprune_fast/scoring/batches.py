@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditioning import SHARED, tensors_in
+from .conditioning import SHARED, config_of, tensors_in
 from .objectives import images_of
 
 # What a loader that can be walked only once may leave in memory, to be seen again.
@@ -104,8 +104,7 @@ def check_images(model: nn.Module, batch: Any, *, channels: bool = True) -> None
 
 def in_channels(model: nn.Module) -> int | None:
     """Channels of the model's images: ``config.in_channels``, else those of its first convolution, else unknown."""
-    config = getattr(model, "config", None) or {}
-    configured = config.get("in_channels") if isinstance(config, Mapping) else getattr(config, "in_channels", None)
+    configured = config_of(model).get("in_channels")
     if isinstance(configured, int):
         # Packed latents (Flux and its kin) are (batch, tokens, channels): the second dim is not the channels.
         return configured if any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in model.modules()) else None

@@ -129,9 +129,15 @@ def _split(model: nn.Module, batch: Any, signature: Signature) -> tuple[Tensor, 
     )
 
 
+def config_of(owner: Any) -> Mapping[str, Any]:
+    """The ``config`` of a model or scheduler as a mapping, whether it is a dict or an object; empty where there is none."""
+    config = getattr(owner, "config", None)
+    return config if isinstance(config, Mapping) else dict(getattr(config, "__dict__", {}))
+
+
 def wants_labels(model: nn.Module) -> bool:
     """True where the model's config asks for class labels."""
-    config = getattr(model, "config", None) or {}
+    config = config_of(model)
     return (
         config.get("num_class_embeds") is not None
         or config.get("class_embed_type") is not None
@@ -140,7 +146,7 @@ def wants_labels(model: nn.Module) -> bool:
 
 
 def _check_complete(model: nn.Module, signature: Signature, inputs: Mapping[str, Any]) -> None:
-    config = getattr(model, "config", None) or {}
+    config = config_of(model)
     needed = list(signature.required)
     needed += [n for key, n in NEEDED_BY_CONFIG.items() if config.get(key) is not None and n in signature.accepted]
     if wants_labels(model) and "class_labels" in signature.accepted:

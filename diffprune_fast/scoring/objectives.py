@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditioning import IMAGE_KEYS, Signature, is_autoencoder, map_tensors, read_batch, signature_of, tensors_in
+from .conditioning import (
+    IMAGE_KEYS,
+    Signature,
+    config_of,
+    is_autoencoder,
+    map_tensors,
+    read_batch,
+    signature_of,
+    tensors_in,
+)
 
 LossFunction = Callable[[nn.Module, Any, Tensor, Tensor], Tensor]
 
@@ -160,7 +169,7 @@ def make_objective(model: nn.Module, scheduler: Any = None, loss_fn: LossFunctio
         from diffusers import DDPMScheduler
 
         scheduler = DDPMScheduler(num_train_timesteps=DEFAULT_TIMESTEPS)
-    config = getattr(scheduler, "config", {})
+    config = config_of(scheduler)
     kind = config.get("prediction_type") or "epsilon"
     if type(scheduler).__name__.startswith("FlowMatch") or kind == "flow_prediction" or config.get("use_flow_sigmas"):
         return _flow(type(model).__name__, config)
@@ -175,7 +184,7 @@ def make_objective(model: nn.Module, scheduler: Any = None, loss_fn: LossFunctio
 
 
 def _count(scheduler: Any) -> int:
-    config = getattr(scheduler, "config", {})
+    config = config_of(scheduler)
     return int(config.get("num_train_timesteps") or DEFAULT_TIMESTEPS)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -91,15 +91,14 @@ def check_weights(model: nn.Module) -> torch.device:
             if device is not None and tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device}, others are on {device}: move the model to one device")
             device = tensor.device
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} has {_bad(tensor)} NaN or infinite values: the model can't be scored")
+        if tensor.is_floating_point():
+            # A buffer may be infinite on purpose (attention masks).
+            bad = ~tensor.isfinite() if isinstance(tensor, nn.Parameter) else tensor.isnan()
+            if bool(bad.any()):
+                raise ValueError(f"{name} has {int(bad.sum())} NaN or infinite values: the model can't be scored")
     if device is None:
         raise ValueError(f"{type(model).__name__} has no parameters to score")
     return device
-
-
-def _bad(tensor: Tensor) -> int:
-    return int((~torch.isfinite(tensor)).sum())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
