@@ -130,7 +130,7 @@ def _split(model: nn.Module, batch: Any, signature: Signature) -> tuple[Tensor, 
 
 
 def config_of(owner: Any) -> Mapping[str, Any]:
-    """The ``config`` of a model or scheduler as a mapping, whether it is a dict or an object; empty where there is none."""
+    """The ``config`` of a model or scheduler as a mapping, be it a dict or an object; empty where there is none."""
     config = getattr(owner, "config", None)
     return config if isinstance(config, Mapping) else dict(getattr(config, "__dict__", {}))
 
