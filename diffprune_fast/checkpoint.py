@@ -201,7 +201,7 @@ def _empty_model(
     if model is not None:
         if type(model).__name__ != name:
             raise CheckpointError(f"{directory} holds a {name}, the given model is a {type(model).__name__}")
-        return copy.deepcopy(model).to("meta"), None
+        return copy.deepcopy(model, {id(t): _without_memory(t) for t in [*model.parameters(), *model.buffers()]}), None
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -219,6 +219,11 @@ def _empty_model(
         return empty, cls.from_config(config) if has_tensors else None  # type: ignore[attr-defined]
     except Exception as e:  # whatever the class makes of a config that isn't its own
         raise CheckpointError(f"{name} can't be built from {directory / CONFIG}: {type(e).__name__}: {e}") from e
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def diffusers_class(name: str) -> type:
