@@ -168,6 +168,11 @@ def test_scoring_stops_when_the_halves_agree_twice_running() -> None:
     assert 0.5 < never.agreement <= 1
 
 
+def test_a_small_maximum_needs_no_minimum_with_it() -> None:
+    assert scored(min_samples=None, max_samples=24).samples == 24
+    assert scored(min_samples=None, max_samples=4096, micro_batch=64, agreement=0.0).samples == 64 * 16
+
+
 def test_agreement_of_identical_micro_batches_is_one() -> None:
     def loss_fn(model: nn.Module, batch: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return model(batch, torch.zeros_like(t)).square().mean()

@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 ESTIMATORS = ("micro", "mean", "reference", "reference-quad")
+MIN_SAMPLES = 512
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
 # With one noise. Where the curve of a small digits model crosses the threshold (t = 377) scatters by 9 % with 16,
 # by 1 % with 64 images; 32 cost about as much as scoring 230 samples.
@@ -59,7 +60,7 @@ def score(
     variant: str | None = None,
     threshold: float | None = None,
     micro_batch: int = 32,
-    min_samples: int = 512,
+    min_samples: int | None = None,
     max_samples: int = 4096,
     agreement: float = 0.90,
     agreement_ratio: float = 0.3,
@@ -84,8 +85,9 @@ def score(
     ``VARIANTS``; None is the reference's loop with the paper's formula.
     threshold: T; timesteps with ``L_t > T * L_max`` count. None: 0.05 ("ldm_exp": 0.1). "taylor" takes all.
     timesteps: exactly these, with no threshold.
-    micro_batch, min_samples, max_samples: in samples; at least 16 micro-batches are taken. agreement: stop when the
-    keep-sets (at agreement_ratio) of the two halves agree this much twice running. autocast: None or "bf16".
+    micro_batch, min_samples, max_samples: in samples; min_samples is 512 if not given, or max_samples where that is
+    less; at least 16 micro-batches are taken if max_samples allows. agreement: stop when the keep-sets (at
+    agreement_ratio) of the two halves agree this much twice running. autocast: None or "bf16".
 
     In torch.distributed the ranks share the micro-batches of "micro" and end with the same scores as one process,
     provided that every rank's loader yields the same batches; other estimators run in full on every rank.
@@ -98,7 +100,8 @@ def score(
     begin = time.perf_counter()
     rule = _named(CRITERIA, "criterion", criterion)
     reading = _check_choices(estimator, criterion, variant, autocast)
-    _check_numbers(threshold, micro_batch, min_samples, max_samples, agreement_ratio)
+    least = min(MIN_SAMPLES, max_samples) if min_samples is None else min_samples
+    _check_numbers(threshold, micro_batch, least, max_samples, agreement_ratio)
     model = unwrapped(model)
     table = unit_table(plan)
     _check_plan(model, plan, table)
@@ -134,7 +137,7 @@ def score(
                     limit,
                     asked,
                     micro_batch=micro_batch,
-                    min_samples=min_samples,
+                    min_samples=least,
                     max_samples=max_samples,
                     agreement=agreement,
                     agreement_ratio=agreement_ratio,
@@ -207,7 +210,7 @@ def _without_data(
     model: nn.Module, plan: Plan, table: UnitTable, rule: Criterion, seed: int, backend: str
 ) -> np.ndarray:
     if rule.element is None:
-        return np.random.default_rng(seed).random(plan.n_units)
+        return np.random.default_rng(seed % 2**63).random(plan.n_units)
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
     squares = torch.zeros(plan.n_units, dtype=torch.float64, device=device)
