@@ -138,7 +138,7 @@ class TableBuilder:
         self._indices: list[np.ndarray] = []
         self._size = 0
         self._known: dict[tuple[object, ...], int] = {}
-        self._alive: list[Tensor] = []  # an id is only a key while its tensor lives
+        self._alive: list[Tensor] = []  # an address is only a key while its tensor lives
         self._tiles = 0
 
     def add(self, tensor: Tensor, piece: Slice) -> bool:
@@ -193,12 +193,12 @@ class TableBuilder:
         )
 
     def _kept(self, keep: Tensor) -> int:
-        return self._store(("kept", id(keep)), keep, lambda kept: kept)
+        return self._store(("kept", *_identity(keep)), keep, lambda kept: kept)
 
     def _cuts(self, keep: Tensor, n: int, width: int) -> int:
         """Where ``width`` times 0, 1, ..., ``n`` would stand among the kept indices."""
         edges = np.arange(n + 1, dtype=np.int64) * width
-        return self._store(("cuts", id(keep), n, width), keep, lambda kept: np.searchsorted(kept, edges))
+        return self._store(("cuts", *_identity(keep), n, width), keep, lambda kept: np.searchsorted(kept, edges))
 
     def _store(self, key: tuple[object, ...], keep: Tensor, make: Callable[[np.ndarray], np.ndarray]) -> int:
         if key not in self._known:
@@ -208,6 +208,11 @@ class TableBuilder:
             self._indices.append(values)
             self._size += len(values)
         return self._known[key]
+
+
+def _identity(keep: Tensor) -> tuple[object, ...]:
+    """Tensors over the same memory are the same table: callers wrap one NumPy array many times."""
+    return keep.device, keep.data_ptr(), keep.numel(), keep.stride()
 
 
 def build(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> tuple[SliceTables, list[int]]:
