@@ -168,6 +168,14 @@ def test_scoring_stops_when_the_halves_agree_twice_running() -> None:
     assert 0.5 < never.agreement <= 1
 
 
+def test_one_look_that_agrees_by_accident_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([0.95, 0.5, 0.95, 0.91, 0.99])
+    monkeypatch.setattr("diffprune_fast.scoring.accumulate.keep_set_agreement", lambda *_: next(looks))
+    found = scored(max_samples=4 * 64, min_samples=4)
+    assert found.samples == 4 * 8 * 4
+    assert found.agreement == 0.91
+
+
 def test_a_small_maximum_needs_no_minimum_with_it() -> None:
     assert scored(min_samples=None, max_samples=24).samples == 24
     assert scored(min_samples=None, max_samples=4096, micro_batch=64, agreement=0.0).samples == 64 * 16
