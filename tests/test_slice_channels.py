@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,15 +25,18 @@ DTYPES = [
 
 
 @contextlib.contextmanager
-def machine(n_threads: int = 2, level: int = 2) -> Iterator[None]:
-    before = torch.get_num_threads()
+def machine(n_threads: int = 2, level: int = 2, within: bool = False) -> Iterator[None]:
+    """within: compact within the tensor's own memory, however small it is."""
+    before = torch.get_num_threads(), cpu._LARGE
     torch.set_num_threads(n_threads)
     cpu._cpu.limit_simd(level)
+    cpu._LARGE = 0 if within else before[1]
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
         cpu._cpu.limit_simd(2)
+        cpu._LARGE = before[1]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,7 +65,7 @@ def expected(tensor: torch.Tensor, keep: dict[int, torch.Tensor]) -> torch.Tenso
     return out.view(tensor.dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     shape=st.lists(st.sampled_from([1, 2, 3, 7, 16, 31, 65]), min_size=1, max_size=4),
     dims=st.sets(st.integers(0, 3), min_size=0, max_size=2),
@@ -67,9 +73,10 @@ def expected(tensor: torch.Tensor, keep: dict[int, torch.Tensor]) -> torch.Tenso
     dtype=st.sampled_from(DTYPES),
     n_threads=st.sampled_from([1, 2, 7]),
     level=st.sampled_from([0, 2]),
+    within=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_keeps_exactly_the_kept_channels(shape, dims, order_seed, dtype, n_threads, level, seed) -> None:
+def test_keeps_exactly_the_kept_channels(shape, dims, order_seed, dtype, n_threads, level, within, seed) -> None:
     """order_seed: the tensor's dims in memory in some other order (channels_last is one of them)."""
     rng = torch.Generator().manual_seed(seed)
     tensor = random_bits(shape, dtype, rng)
@@ -78,7 +85,7 @@ def test_keeps_exactly_the_kept_channels(shape, dims, order_seed, dtype, n_threa
         tensor = tensor.permute(order).contiguous().permute([order.index(d) for d in range(len(shape))])
     keep = {d: random_keep(shape[d], rng) for d in dims if d < len(shape)}
     wanted = expected(tensor.contiguous(), keep)
-    with machine(n_threads, level):
+    with machine(n_threads, level, within):
         ops.slice_channels_([tensor], [ops.Slice(keep)], backend="cpu")
     assert tensor.shape == wanted.shape
     assert torch.equal(bits(tensor), bits(wanted))
@@ -103,16 +110,30 @@ def test_large_tensors_by_many_threads(shape, channels_last, dtype, level) -> No
     assert tensor.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+@pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 63, 64, 65, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
-def test_rows_around_the_vector_width_stay_within_their_memory(width, dtype) -> None:
+def test_rows_around_the_vector_width(width, dtype, within) -> None:
     rng = torch.Generator().manual_seed(width)
     for count in {1, width // 2 or 1, width}:
         tensor = random_bits((5, width), dtype, rng)
         keep = {1: random_keep(width, rng, count)}
         wanted = expected(tensor, keep)
-        ops.slice_channels_([tensor], [ops.Slice(keep)], backend="cpu")
+        with machine(within=within):
+            ops.slice_channels_([tensor], [ops.Slice(keep)], backend="cpu")
         assert torch.equal(bits(tensor), bits(wanted))
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_many_tensors_in_one_call(within) -> None:
+    rng = torch.Generator().manual_seed(8)
+    shapes = [(30, 20), (7,), (64, 32, 3, 3), (1, 1), (5, 300), (40, 2, 2)]
+    tensors = [torch.randn(shape, generator=rng) for shape in shapes]
+    slices = [ops.Slice({d: random_keep(n, rng) for d, n in enumerate(shape[:2])}) for shape in shapes]
+    wanted = [expected(t, s.keep) for t, s in zip(tensors, slices)]
+    with machine(7, within=within):
+        ops.slice_channels_(tensors, slices, backend="cpu")
+    assert all(torch.equal(t, w) for t, w in zip(tensors, wanted))
 
 
 def test_every_output_byte_is_written() -> None:
@@ -147,11 +168,54 @@ def test_the_tensor_stays_itself() -> None:
     assert seen == [(3, 2, 3, 3)]
 
 
-def test_memory_is_given_back() -> None:
-    tensors = [torch.ones(1000, 1000) for _ in range(3)]
-    half = ops.Slice({0: torch.arange(0, 1000, 2)})
+@pytest.mark.parametrize("size", [100, 1000])
+def test_the_storage_shrinks(size) -> None:
+    tensors = [torch.ones(size, size) for _ in range(3)]
+    half = ops.Slice({0: torch.arange(0, size, 2)})
     ops.slice_channels_(tensors, [half] * 3)
-    assert [t.untyped_storage().nbytes() for t in tensors] == [2_000_000] * 3
+    assert [t.untyped_storage().nbytes() for t in tensors] == [size * size * 2] * 3
+
+
+def resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_goes_back_to_the_system() -> None:
+    tensor = torch.ones(4096, 4096)
+    before = resident()
+    ops.slice_channels_([tensor], [ops.Slice({0: torch.arange(1024)})], backend="cpu")
+    assert before - resident() > 40e6
+    assert (tensor == 1).all()
+
+
+def test_a_sliced_tensor_can_be_copied_saved_and_sliced_again(tmp_path) -> None:
+    tensor = torch.arange(1024 * 1024.0).view(1024, 1024)
+    wanted = tensor[::2, 1::2][::3].clone()
+    ops.slice_channels_([tensor], [ops.Slice({0: torch.arange(0, 1024, 2), 1: torch.arange(1, 1024, 2)})])
+    assert torch.equal(copy.deepcopy(tensor)[::3], wanted)
+    torch.save(tensor, tmp_path / "t.pt")
+    assert (tmp_path / "t.pt").stat().st_size < 1.1 * 512 * 512 * 4
+    assert torch.equal(torch.load(tmp_path / "t.pt", weights_only=True)[::3], wanted)
+    ops.slice_channels_([tensor], [ops.Slice({0: torch.arange(0, 512, 3)})])
+    assert torch.equal(tensor, wanted)
+
+
+def test_memory_that_others_see_is_never_written(tmp_path) -> None:
+    """An alias, a NumPy array and a file keep their contents; the tensor gets memory of its own."""
+    half = ops.Slice({0: torch.arange(1, 1024, 2)})
+    aliased = torch.arange(1024 * 1024.0).view(1024, 1024)
+    alias, array = aliased.detach(), np.arange(1024 * 1024, dtype=np.float32).reshape(1024, 1024)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(array.tobytes())
+    mapped = torch.from_file(str(path), shared=True, size=1024 * 1024).view(1024, 1024)
+    for tensor in (aliased, torch.from_numpy(array), mapped):
+        ops.slice_channels_([tensor], [half], backend="cpu")
+        assert torch.equal(tensor, alias[1::2])
+    assert torch.equal(alias.flatten(), torch.arange(1024 * 1024.0))
+    assert np.array_equal(array.ravel(), np.arange(1024 * 1024))
+    assert path.read_bytes() == array.tobytes()
 
 
 def test_new_memory_never_exceeds_the_largest_tensor(monkeypatch) -> None:
@@ -168,6 +232,10 @@ def test_new_memory_never_exceeds_the_largest_tensor(monkeypatch) -> None:
         return out
 
     class Native:
+        @staticmethod
+        def can_give_back():
+            return False
+
         @staticmethod
         def slice_channels(table, threads):
             nonlocal pending

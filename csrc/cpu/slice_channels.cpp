@@ -1,7 +1,9 @@
-// slice_channels_ on the CPU: one pass over what stays, both dims at once, from the old memory into the new.
+// slice_channels_ on the CPU: one pass over what stays, both dims at once.
 //
-// The caller gives a tensor's old memory back as soon as its new one is filled. Compacting within the old memory would
-// need a second pass: shrinking a heap block to its head copies it.
+// In place (target == source) one thread walks a tensor from its first row to its last. A kept element's place in the
+// target is never behind its place in the source, and sources are read in ascending order, so nothing is overwritten
+// that is still to be read: that holds for elements, for vectors of them (loaded before they are stored) and for runs
+// (memmove). Threads share the tensors, the largest first. Into other memory, tensors are cut up among the threads.
 #include "slice_channels.h"
 
 #include <algorithm>
@@ -14,6 +16,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace diffprune {
@@ -79,7 +82,7 @@ struct RowPick {
   void copy(const char* source, char* target) const {
     if (way == Way::runs) {
       for (const Run& run : runs) {
-        std::memcpy(target, source + run.from, run.length);
+        std::memmove(target, source + run.from, run.length);
         target += run.length;
       }
     } else if (way == Way::gather) {
@@ -167,12 +170,14 @@ struct Job {  // one tensor
   RowPick pick;
   int64_t rows, row_bytes, kept_bytes;  // rows of the target; bytes of a row in the source and in the target
   int64_t rows_per_portion, first_portion = 0, portions;
+  bool in_place;
 
   explicit Job(const SliceEntry& e) : entry(simplify(e)), pick(entry.keep_b, entry.n_keep_b, entry.b, post()) {
     rows = entry.pre * entry.n_keep_a * entry.mid;
     row_bytes = entry.b * post();
     kept_bytes = entry.n_keep_b * post();
-    rows_per_portion = std::max<int64_t>(1, PORTION / std::max<int64_t>(1, kept_bytes));
+    in_place = entry.target == entry.source;
+    rows_per_portion = in_place ? rows : std::max<int64_t>(1, PORTION / std::max<int64_t>(1, kept_bytes));
     portions = (rows + rows_per_portion - 1) / rows_per_portion;
   }
 
@@ -218,17 +223,38 @@ void advise_huge(void* begin, int64_t bytes) {
 
 }  // namespace
 
+bool can_give_back_pages() {
+#if defined(__linux__)
+  return true;
+#else
+  return false;
+#endif
+}
+
+void give_back_pages(void* begin, void* end) {
+#if defined(__linux__)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(end) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+#else
+  (void)begin, (void)end;
+#endif
+}
+
 void slice_channels_cpu(const SliceEntry* entries, int64_t n_entries, int threads) {
   std::vector<Job> jobs;
   jobs.reserve(n_entries);
+  for (int64_t i = 0; i < n_entries; ++i) jobs.emplace_back(entries[i]);
+  std::stable_sort(jobs.begin(), jobs.end(), [](const Job& x, const Job& y) {
+    return x.in_place != y.in_place ? x.in_place : x.in_place && x.rows * x.row_bytes > y.rows * y.row_bytes;
+  });
   int64_t portions = 0, bytes = 0;
-  for (int64_t i = 0; i < n_entries; ++i) {
-    jobs.emplace_back(entries[i]);
-    Job& job = jobs.back();
+  for (Job& job : jobs) {
     job.first_portion = portions;
     portions += job.portions;
     bytes += job.rows * job.kept_bytes;
-    advise_huge(job.entry.target, job.rows * job.kept_bytes);
+    if (!job.in_place) advise_huge(job.entry.target, job.rows * job.kept_bytes);
   }
   threads = static_cast<int>(std::min<int64_t>(threads, bytes / PORTION + 1));
   parallel(portions, threads, [&](int64_t portion) {

@@ -15,7 +15,7 @@ from . import reference
 from .channel_scores import CRITERIA, DTYPES, ScoreTable
 from .slice_channels import Slice, sliced_shape
 
-ABI = 1
+ABI = 2
 
 _cpu: Any
 try:
@@ -131,15 +131,70 @@ def _static(table: ScoreTable) -> tuple[tuple[np.ndarray, list[Tensor]], np.ndar
 def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
     """As :func:`diffprune_fast.ops.slice_channels_`, without its checks.
 
-    Small tensors share a call; never more new memory at once than the largest tensor's.
+    Large tensors that own their memory are compacted within it, and the pages behind what stays go back to the
+    system. The others get new memory; small ones share a call, with never more new memory at once than the largest
+    tensor's.
     """
+    alive: list[Tensor] = []
+    rows: list[list[int]] = []
+    within: list[int] = []
+    others: list[int] = []
+    for i, (tensor, piece) in enumerate(zip(tensors, slices)):
+        row = _slice_row(tensor, piece, tensor.data_ptr(), alive) if _owns_pages(tensor) else None
+        if row is None:
+            others.append(i)
+        else:
+            within.append(i)
+            rows.append(row)
+    if rows:
+        _cpu.slice_channels(np.array(rows, np.int64), torch.get_num_threads())
+    for i in within:
+        _shrink(tensors[i], sliced_shape(tensors[i], slices[i]))
+    _slice_into_new_memory([tensors[i] for i in others], [slices[i] for i in others])
+
+
+# Below, pages and their bookkeeping cost more than new memory from the heap.
+_LARGE = 1 << 20
+
+
+def _owns_pages(tensor: Tensor) -> bool:
+    """Whether the tensor's memory may be overwritten and its end given back: large, PyTorch's own, used by nobody else.
+
+    Memory that isn't resizable belongs to a file, a NumPy array or another storage.
+    """
+    if tensor.numel() * tensor.element_size() < _LARGE or not _cpu.can_give_back():
+        return False
+    storage = tensor.untyped_storage()
+    users = getattr(torch._C, "_storage_Use_Count", None)
+    if users is None or not storage.resizable() or storage.is_shared():
+        return False
+    if torch.cuda.is_available() and tensor.is_pinned():
+        return False
+    return users(storage._cdata) <= 2  # the tensor, and ``storage`` here
+
+
+def _shrink(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """The tensor's first elements in memory become the whole tensor; the pages behind them go back to the system."""
+    storage = tensor.untyped_storage()
+    order = reference.memory_order(tensor)
+    strides = [0] * len(shape)
+    step = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim]
+    size = step * tensor.element_size()
+    _cpu.give_back(storage.data_ptr() + size, storage.data_ptr() + storage.nbytes())
+    tensor.data = torch.empty(0, dtype=tensor.dtype).set_(storage[:size], 0, shape, strides)
+
+
+def _slice_into_new_memory(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
     budget = max((t.numel() * t.element_size() for t in tensors), default=0)
     for batch in _batches(tensors, slices, budget):
         outs = [reference.empty_like(tensors[i], sliced_shape(tensors[i], slices[i])) for i in batch]
         rows: list[list[int]] = []
         alive: list[Tensor] = []
         for i, out in zip(batch, outs):
-            row = _slice_row(tensors[i], slices[i], out, alive)
+            row = _slice_row(tensors[i], slices[i], out.data_ptr(), alive)
             if row is None:
                 out.copy_(reference.slice_channels(tensors[i].detach(), slices[i]))
             else:
@@ -164,7 +219,7 @@ def _batches(tensors: Sequence[Tensor], slices: Sequence[Slice], budget: int) ->
         yield batch
 
 
-def _slice_row(tensor: Tensor, piece: Slice, out: Tensor, alive: list[Tensor]) -> list[int] | None:
+def _slice_row(tensor: Tensor, piece: Slice, target: int, alive: list[Tensor]) -> list[int] | None:
     """A row of csrc/slice_channels.h's table; None where the reference has to serve."""
     order = reference.memory_order(tensor)
     sizes = [tensor.shape[d] for d in order]
@@ -194,6 +249,6 @@ def _slice_row(tensor: Tensor, piece: Slice, out: Tensor, alive: list[Tensor]) -
         addresses.append(alive[-1].data_ptr() if keep is not None else 0)
     pre, mid, post = math.prod(sizes[:a]), math.prod(sizes[a + 1 : b]), math.prod(sizes[b + 1 :])
     return [
-        tensor.data_ptr(), out.data_ptr(), tensor.element_size(), pre, sizes[a], mid, sizes[b], post,
+        tensor.data_ptr(), target, tensor.element_size(), pre, sizes[a], mid, sizes[b], post,
         *addresses, *counts, scale, _DTYPE_CODES.get(tensor.dtype, 0),
     ]  # fmt: skip
