@@ -1,0 +1,15 @@
+"""Tiny random configs of diffusers' architectures, and language-model blocks: what the oracle runs through.
+
+Sizes are such that nothing is trivially right: several heads of several dims, norm groups of several channels, more
+than one block where blocks share anything.
+"""
+
+from __future__ import annotations
+
+from models import Case
+from zoo_image_transformers import IMAGE_TRANSFORMERS
+from zoo_language import LANGUAGE_CASES
+from zoo_unets import AUTOENCODERS, UNETS
+from zoo_video_transformers import VIDEO_TRANSFORMERS
+
+ZOO: list[Case] = [*UNETS, *AUTOENCODERS, *IMAGE_TRANSFORMERS, *VIDEO_TRANSFORMERS, *LANGUAGE_CASES]
