@@ -49,10 +49,15 @@ def diffusion_loss(
             noise = objective.noise(batch, generator)
             for start in range(0, n, batch_size):
                 rows = slice(start, min(start + batch_size, n))
-                part = moved(map_tensors(batch, lambda x, rows=rows: x[rows] if len(x) == n else x), device)
+                part = moved(_rows(batch, rows, n), device)
                 loss = objective.loss(model, part, t[rows].to(device), noise[rows].to(device))
                 total += float(loss) * (rows.stop - rows.start)
     mean = total / (n * passes)
     if not np.isfinite(mean):
         raise FloatingPointError(f"the loss of {type(model).__name__} is {mean}: look for NaN in its weights or images")
     return mean
+
+
+def _rows(batch: Any, rows: slice, n: int) -> Any:
+    """These rows of every tensor that has one per image."""
+    return map_tensors(batch, lambda x: x[rows] if x.ndim and len(x) == n else x)

@@ -70,7 +70,8 @@ def finetune(
     rate = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     average = EMAModel(parameters, decay=ema)
     device, generator = parameters[0].device, generator_for(seed)
-    losses, start = [], time.perf_counter()
+    losses: list[float] = []
+    start = time.perf_counter()
     try:
         with (
             in_mode(model, training=True),

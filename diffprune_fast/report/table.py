@@ -46,8 +46,8 @@ def cells(row: Measured, original: Measured | None = None) -> tuple[str, ...]:
     """The row as text, one cell per heading; sizes beside their share of ``original``'s, where one is given."""
     return (
         row.name,
-        f"{_short(row.params)}{_share(row.params, original and original.params)}",
-        f"{_short(row.macs)}{_share(row.macs, original and original.macs)}",
+        f"{_short(row.params)}{_share(row.params, (original or row).params)}",
+        f"{_short(row.macs)}{_share(row.macs, (original or row).macs)}",
         DASH if row.seconds_per_image is None else f"{row.seconds_per_image:.3g}",
         f"{row.loss:.4f}",
         DASH if row.loss_finetuned is None else f"{row.loss_finetuned:.4f}",
@@ -63,8 +63,8 @@ def _short(n: int) -> str:
     return str(n)
 
 
-def _share(n: int, of: int | None) -> str:
-    return "" if of is None or n == of else f" ({100 * n / of:.0f}%)"
+def _share(n: int, of: int) -> str:
+    return "" if n == of else f" ({100 * n / of:.0f}%)"
 
 
 def print_table(rows: Sequence[Measured], *, title: str = "", console: Console | None = None) -> None:
