@@ -53,7 +53,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/digits/demo.py --out demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(TEST_ARGS)
 
 sanitize: $(VENV)/.dev
 	PYTHON=$(abspath $(BIN))/python csrc/sanitize.sh
