@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import diffprune_fast as dpf
-from diffprune_fast.slicing.shapes import sliced_shapes
+from diffprune_fast.tracing import sliced_shapes
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

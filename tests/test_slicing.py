@@ -241,16 +241,49 @@ class Reads(nn.Module):
         ("padding", "slicing|run"),
     ],
 )
-def test_gate_refuses_a_forward_that_would_change(how: str, words: str) -> None:
+def test_gate_refuses_a_forward_that_would_change(how: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Reads(how)
+    monkeypatch.setattr(dpf.tracing, "probed", lambda model, walk, plan, calls: plan)
     plan = dpf.trace(model, X)
-    assert plan.groups, "the plan alone can't see it"
+    assert plan.groups, "labels alone can't see it"
     (group,) = plan.groups
     keep = {group.name: np.delete(np.arange(16), [1, 10])}
     before = snapshot(model)
     with pytest.raises(SliceError, match=words):
         dpf.prune(model, plan, keep, example_inputs=X)
     assert_same(model, before)
+
+
+@pytest.mark.parametrize("how", ["attribute", "scale", "literal split", "padding", "integer", "0-dim tensor"])
+def test_width_that_is_read_elsewhere_is_found_when_tracing(how: str) -> None:
+    plan = dpf.trace(Reads(how), X)
+    assert plan.groups == ()
+    assert "read elsewhere" in plan.frozen["conv1.weight:0"]
+
+
+class Borrows(nn.Module):
+    """A forward that views one stream with the other's width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(5, 24), nn.Linear(7, 24)
+        self.out_image, self.out_text = nn.Linear(24, 2), nn.Linear(24, 2)
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.image(image)
+        t = self.text(text).view(text.shape[0], -1, h.shape[-1])
+        return self.out_image(h), self.out_text(t)
+
+
+def test_size_taken_from_another_tensor_ties_the_counts() -> None:
+    inputs = (torch.empty(1, 3, 5), torch.empty(1, 4, 7))
+    plan = dpf.trace(Borrows(), inputs)
+    assert [c.kind for c in plan.constraints] == ["size"]
+    keep = random_keep(plan, 0.5, 0)
+    assert len(keep["image"]) == len(keep["text"]) == 12
+    model = Borrows()
+    dpf.prune(model, plan, keep, example_inputs=inputs)
+    assert model(torch.randn(1, 3, 5), torch.randn(1, 4, 7))[1].shape == (1, 4, 2)
 
 
 def _rotate(m: dpf.tracing.Member) -> dpf.tracing.Member:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..result import Complexity, PruneResult
-from ..tracing import Plan
+from ..tracing import Plan, Sliced, sliced_shapes
 from .execute import slice_model
-from .shapes import Sliced, apply_shapes, sliced_shapes
+from .shapes import apply_shapes
 from .verify import SliceError, check_keep, check_model, retrace
 
 __all__ = ["SliceError", "Sliced", "apply_shapes", "dry_run", "prune", "sliced_shapes"]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..tracing import Plan
-from .shapes import Sliced, owner_of, tables
+from ..tracing import Plan, Sliced
+from ..tracing.gate import alive_units
+from .shapes import owner_of, tables
 
 
 def slice_model(
@@ -61,11 +62,7 @@ def _state_of(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> lis
 
 def scale_factors(plan: Plan, sliced: Sliced) -> list[tuple[str, np.ndarray, float]]:
     """(parameter, its rows after slicing, factor) that keep the softmax scale what it was."""
-    alive = np.zeros(plan.n_units + 1, bool)
-    alive[-1] = True
-    for g, group in enumerate(plan.groups):
-        units = sliced.keep.get(group.name)
-        alive[plan.offsets[g] + (np.arange(group.n_units) if units is None else units)] = True
+    alive = alive_units(plan, sliced.keep)
     found = []
     for fix in plan.scale_fixes:
         left = int(alive[fix.units].sum())

@@ -1,61 +1,12 @@
-"""What a keep-set means for every parameter and attribute: indices that stay, new shapes, new values."""
+"""Where a model holds its tensors and attributes, and how to give it the shapes of a pruned one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-
-from ..tracing import Plan
-
-
-@dataclass(frozen=True)
-class Sliced:
-    """A keep-set worked out.
-
-    kept: ``(parameter, dim)`` to the sorted indices that stay, for the places that lose any. shapes: all parameters
-    and floating-point buffers afterwards. attributes: ``"module.path.attribute"`` to its new value.
-    """
-
-    keep: dict[str, np.ndarray]
-    kept: dict[tuple[str, int], np.ndarray]
-    shapes: dict[str, tuple[int, ...]]
-    attributes: dict[str, int | tuple[int, ...]]
-
-
-def sliced_shapes(model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray]) -> Sliced:
-    """Work out which indices of which parameter stay."""
-    masks: dict[tuple[str, int], np.ndarray] = {}
-    for group in plan.groups:
-        units = keep.get(group.name)
-        if units is None or len(units) == group.n_units:
-            continue
-        gone = np.ones(group.n_units, bool)
-        gone[units] = False
-        for m in group.members:
-            place = (m.parameter, m.dim)
-            if place not in masks:
-                masks[place] = np.ones(plan.shapes[m.parameter][m.dim], bool)
-            masks[place][m.index[gone]] = False
-    kept = {place: np.flatnonzero(mask) for place, mask in masks.items()}
-    shapes = dict(plan.shapes)
-    for (name, dim), index in kept.items():
-        shape = list(shapes[name])
-        shape[dim] = index.size
-        shapes[name] = tuple(shape)
-    counts = plan.counts(keep)
-    before, after = plan.extents.at(plan.counts()), plan.extents.at(counts)
-    attributes: dict[str, int | tuple[int, ...]] = {}
-    for a in plan.attributes:
-        if before[a.extent] != after[a.extent]:
-            old = getattr(model.get_submodule(a.module), a.name)
-            new = int(after[a.extent])
-            attributes[f"{a.module}.{a.name}".lstrip(".")] = (*old[:-1], new) if isinstance(old, tuple) else new
-    return Sliced(dict(keep), kept, shapes, attributes)
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from .gate import GateError, Sliced, pass_gate, sliced_shapes
 from .grouping import build_plan
 from .inputs import calls_of
 from .labels import Graph
 from .plan import Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
+from .probe import probed
 from .walk import Nodes, TraceError, Walk, explained
 
 __all__ = [
@@ -17,11 +19,15 @@ __all__ = [
     "Constraint",
     "Cost",
     "Extents",
+    "GateError",
     "Group",
     "Member",
     "Plan",
     "ScaleFix",
+    "Sliced",
     "TraceError",
+    "pass_gate",
+    "sliced_shapes",
     "trace",
 ]
 
@@ -46,4 +52,4 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | N
         raise
     except Exception as error:
         raise TraceError(explained(model, walk, error)) from error
-    return build_plan(model, walk)
+    return probed(model, walk, build_plan(model, walk), calls)

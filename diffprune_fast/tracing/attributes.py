@@ -22,8 +22,9 @@ PARAMETER_ATTRIBUTES: dict[str, dict[str, tuple[str, int]]] = {
         "out_dim": ("to_out.0.weight", 0),
     },
     "ResnetBlock2D": {"in_channels": ("conv1.weight", 1), "out_channels": ("conv2.weight", 0)},
-    "Upsample2D": {"out_channels": ("conv.weight", 0)},
-    "Downsample2D": {"out_channels": ("conv.weight", 0)},
+    "Upsample2D": {"channels": ("conv.weight", 1), "out_channels": ("conv.weight", 0)},
+    "Downsample2D": {"channels": ("conv.weight", 1), "out_channels": ("conv.weight", 0)},
+    "SelfAttention1d": {"channels": ("value.weight", 0)},
 }
 
 # class -> why its parameters stay

@@ -230,7 +230,7 @@ def scaled_dot_product_attention(walk: Walk, func: Any, args: tuple[Any, ...], k
         return walk.run(func, args, kwargs)  # raises PyTorch's own error
     out = shell((*q.shape[:-1], v.shape[-1]), q)
     if named.get("scale") is not None:
-        walk.constants.append((place, float(named["scale"])))
+        walk.constant(func, (q, k, float(named["scale"])), {})
     lq, lk, lv = _layers(walk, q), _layers(walk, k), _layers(walk, v)
     batch = tuple(q.shape[:-2])
     n_q, n_k = q.shape[-2], k.shape[-2]

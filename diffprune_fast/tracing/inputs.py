@@ -89,8 +89,17 @@ def _autoencoder_kl(model: nn.Module) -> list[Call]:
     return [("encode", (_meta(1, c.in_channels, *size),), {}), ("decode", (latents,), {})]
 
 
+def _autoencoder_tiny(model: nn.Module) -> list[Call]:
+    c = _config(model)
+    factor = 2 ** (len(c.encoder_block_out_channels) - 1)
+    latents = _meta(1, c.latent_channels, 64 // factor, 64 // factor)
+    return [("encode", (_meta(1, c.in_channels, 64, 64),), {}), ("decode", (latents,), {})]
+
+
 _KNOWN: dict[str, Callable[[nn.Module], list[Call]]] = {
     "UNet2DModel": _unet2d,
     "UNet2DConditionModel": _unet2d_condition,
     "AutoencoderKL": _autoencoder_kl,
+    "VQModel": _autoencoder_kl,
+    "AutoencoderTiny": _autoencoder_tiny,
 }

@@ -61,6 +61,8 @@ _BINARY = """add add_ sub sub_ rsub mul mul_ div div_ true_divide pow pow_ where
 def identity(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = walk.run(func, args, kwargs)
     walk.label(out, walk.labels(args[0]))
+    if walk.name_of(args[0]) is not None:  # a parameter in another dtype is still that parameter
+        out._parameter_name = walk.name_of(args[0])
     return out
 
 

@@ -112,10 +112,11 @@ class Walk(TorchDispatchMode):
         self.scales: list[ScaleTerm] = []
         self.attributes: dict[tuple[str, str], Layer] = {}
         self.constants: list[tuple[str, float]] = []
+        self.constant_nodes: list[np.ndarray] = []
         self.modules = {id(m): n for n, m in model.named_modules()}
         self.by_name = dict(model.named_modules())
         self.stack: list[str] = []
-        self._parameter_names: dict[int, str] = {}
+        self.failed: tuple[Any, ...] | None = None
 
     def labels(self, t: Any) -> Labels | None:
         return getattr(t, "_channel_labels", None)
@@ -135,7 +136,11 @@ class Walk(TorchDispatchMode):
                 args, kwargs = _to_meta(args), _to_meta(kwargs)
             if "device" in kwargs and kwargs["device"] is not None:
                 kwargs = {**kwargs, "device": torch.device("meta")}
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except Exception:
+            self.failed = args
+            raise
 
     def tensors(self, tree: Any) -> Iterator[Tensor]:
         if isinstance(tree, Tensor):
@@ -162,11 +167,16 @@ class Walk(TorchDispatchMode):
 
     def constant(self, func: Any, args: Any, kwargs: Any) -> None:
         """Remember a number that the forward uses: one that changes with the widths would change the function."""
-        for a in (*args, *kwargs.values()):
-            if isinstance(a, Tensor) and a.dim() == 0 and a.device.type != "meta":
-                a = a.item()
-            if isinstance(a, (int, float)) and not isinstance(a, bool):
-                self.constants.append((self.place(func), float(a)))
+        values = (*args, *kwargs.values())
+        numbers = [
+            a.item() if isinstance(a, Tensor) and a.dim() == 0 and a.device.type != "meta" else a for a in values
+        ]
+        numbers = [float(a) for a in numbers if isinstance(a, (int, float)) and not isinstance(a, bool)]
+        if numbers:
+            found = [labels for labels in map(self.labels, self.tensors(values)) if labels is not None]
+            nodes = [x.reshape(-1) for labels in found for x in labels.layers]
+            self.constants += [(self.place(func), a) for a in numbers]
+            self.constant_nodes += [np.concatenate(nodes) if nodes else np.zeros(0, np.int32)] * len(numbers)
 
     def cost(self, func: Any, total: int, layers: Layers, attention: bool = False) -> None:
         """``total`` multiply-accumulates, proportional to the sizes of the labelled dims."""
@@ -181,7 +191,7 @@ class Walk(TorchDispatchMode):
         self.costs.append(CostTerm(self.place(func), total, tuple(used), attention))
 
     def name_of(self, t: Tensor) -> str | None:
-        return self._parameter_names.get(id(t))
+        return getattr(t, "_parameter_name", None)
 
     def feeds(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[str, bool], ...] | None:
         """A linear layer's output takes a factor through its weight's rows and its bias."""
@@ -194,7 +204,8 @@ class Walk(TorchDispatchMode):
         if owner is None or not layers:
             return
         module = self.stack[-1] if self.stack else ""
-        if not any(p is parameter for p in self.by_name[module]._parameters.values()):  # a tied one has several owners
+        held = self.by_name[module]._parameters.values()
+        if not any(getattr(p, "_parameter_name", None) == owner for p in held):  # a tied one has several owners
             module = owner.rpartition(".")[0]
         if isinstance(getattr(self.by_name.get(module), name, None), (int, tuple)):
             self.attributes[module, name] = layers[0].reshape(-1)
@@ -253,7 +264,7 @@ class Walk(TorchDispatchMode):
                         self.attributes[name, attribute] = layer.reshape(-1)
         if kind in FROZEN_CLASSES:
             for p in module.parameters():
-                for layer in self.nodes.layers(self._parameter_names[id(p)]):
+                for layer in self.nodes.layers(self.name_of(p) or ""):
                     self.graph.freeze(layer, FROZEN_CLASSES[kind])
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -262,8 +273,7 @@ class Walk(TorchDispatchMode):
 
     def go(self, model: nn.Module, calls: Calls, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> None:
         """Run the calls; labels of the parameters are ``nodes``' (those of ``kept`` for a sliced model)."""
-        with on_meta(model, self.nodes, kept) as names, _hooks(self.enter, self.leave):
-            self._parameter_names = names
+        with on_meta(model, self.nodes, kept), _hooks(self.enter, self.leave):
             for method, args, kwargs in calls:
                 f = model if method == "forward" else getattr(model, method)
                 with torch.inference_mode(), self:
@@ -336,15 +346,12 @@ def _hooks(enter: Any, leave: Any) -> Iterator[None]:
 
 
 @contextmanager
-def on_meta(
-    model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None = None
-) -> Iterator[dict[int, str]]:
+def on_meta(model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> Iterator[None]:
     """The model with labelled meta tensors in place of its parameters and buffers, in eval mode; then as it was.
 
-    Yields the meta tensors' names by id. Nothing of the weights is read or copied.
+    Nothing of the weights is read or copied.
     """
     stand_ins: dict[int, Tensor] = {}
-    names: dict[int, str] = {}
     undo: list[tuple[dict[str, Any], str, Any]] = []
     modes = [(m, m.training) for m in model.modules()]
     try:
@@ -357,10 +364,9 @@ def on_meta(
                         continue
                     if id(t) not in stand_ins:
                         stand_ins[id(t)] = _stand_in(t, name, nodes, kept)
-                        names[id(stand_ins[id(t)])] = name
                     undo.append((table, key, t))
                     table[key] = stand_ins[id(t)]  # type: ignore[assignment]
-        yield names
+        yield
     finally:
         for table, key, t in undo:
             table[key] = t
@@ -378,4 +384,5 @@ def _stand_in(t: Tensor, name: str, nodes: Nodes, kept: Mapping[tuple[str, int],
         out = nn.Parameter(out, requires_grad=False)
     layers = nodes.layers(name, kept)
     out._channel_labels = Labels(layers) if layers else None  # type: ignore[attr-defined]
+    out._parameter_name = name  # type: ignore[attr-defined]
     return out
