@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
+from measured import machine
 
 from diffprune_fast import __version__, prune, score, select, trace
 from diffprune_fast.evaluation import diffusion_loss
@@ -47,9 +48,11 @@ def jaccard(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return both / sum(len(np.union1d(a[n], b[n])) for n in a)
 
 
-def one_run(model: UNet2DModel, plan: Any, scheduler: Any, data: Any, seed: int, options: dict[str, Any]) -> Any:
+def one_run(
+    model: UNet2DModel, plan: Any, scheduler: Any, data: Any, seed: int, batch: int, options: dict[str, Any]
+) -> Any:
     images, held_out = data
-    loader = torch.utils.data.DataLoader(images, batch_size=128, shuffle=True, drop_last=True)
+    loader = torch.utils.data.DataLoader(images, batch_size=batch, shuffle=True, drop_last=True)
     cpu = time.process_time()
     scores = score(model, loader, plan, scheduler=scheduler, seed=seed, progress=False, **options)
     cpu = time.process_time() - cpu
@@ -86,6 +89,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DIGITS / "model")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--reference-batch", type=int, default=128, help="images in the reference's one batch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON with every run, written after each")
     args = parser.parse_args()
@@ -101,6 +105,8 @@ def main() -> None:
     report: dict[str, Any] = {
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
         "versions": {"diffprune_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": machine()["commit"],
+        "reference_batch": args.reference_batch,
         "plan": plan.hash,
         "dense_loss": diffusion_loss(model, held_out.images, scheduler, passes=4),
         "runs": {},
@@ -109,7 +115,8 @@ def main() -> None:
     keeps: dict[str, list[dict[str, np.ndarray]]] = {}
     for name in args.only:
         for seed in range(1 if name == "magnitude" else args.seeds):
-            row, keep = one_run(model, plan, scheduler, (train.images, held_out.images), seed, RUNS[name])
+            batch = args.reference_batch if name.startswith("reference") else 128
+            row, keep = one_run(model, plan, scheduler, (train.images, held_out.images), seed, batch, RUNS[name])
             report["runs"].setdefault(name, []).append(row)
             keeps.setdefault(name, []).append(keep)
             print(f"{name} seed {seed}: {json.dumps(row)}", flush=True)
@@ -120,6 +127,8 @@ def main() -> None:
     print("\n".join(report["table"]))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+        about = f"Dense loss {report['dense_loss']:.4f}; the reference's one batch has {args.reference_batch} images."
+        args.out.with_suffix(".md").write_text("\n".join([about, "", "```", *report["table"], "```", ""]))
 
 
 if __name__ == "__main__":

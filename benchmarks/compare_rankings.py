@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
+from measured import machine
 
 from diffprune_fast import __version__, prune, score, select, trace
 from diffprune_fast.evaluation import diffusion_loss
@@ -75,6 +76,7 @@ def main() -> None:
         report = {
             "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
             "versions": {"diffprune_fast": __version__, "torch": torch.__version__},
+            "commit": machine()["commit"],
             "plan": plan.hash,
             "dense_loss": dense,
             "runs": rows,
@@ -82,6 +84,7 @@ def main() -> None:
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text("\n".join([f"Dense loss {dense:.4f}.", "", "```", *lines, "```", ""]))
 
 
 if __name__ == "__main__":

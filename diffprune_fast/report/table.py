@@ -40,6 +40,7 @@ HEADINGS = (
     "SSIM, finetuned",
 )
 DASH = "–"
+WIDTH = 110
 
 
 def cells(row: Measured, original: Measured | None = None) -> tuple[str, ...]:
@@ -79,4 +80,8 @@ def print_table(rows: Sequence[Measured], *, title: str = "", console: Console |
         table.add_column(heading, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*cells(row))
-    (console or Console()).print(table)
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=WIDTH)  # a log has no width of its own; the default would break the headings
+    console.print(table)
