@@ -96,13 +96,10 @@ void slice_channels(Array<int64_t> table, int threads) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of diffprune_fast. Addresses in, nothing checked: call diffprune_fast.ops instead.";
-  m.attr("ABI") = 2;  // raised whenever a signature changes; ops/cpu.py refuses another one
+  m.attr("ABI") = 3;  // raised whenever a signature changes; ops/cpu.py refuses another one
   m.def("channel_scores", &channel_scores);
   m.def("slice_channels", &slice_channels);
-  m.def("can_give_back", &can_give_back_pages);
-  m.def(
-      "give_back", [](int64_t begin, int64_t end) { give_back_pages(pointer<void>(begin), pointer<void>(end)); },
-      py::call_guard<py::gil_scoped_release>());
+  m.def("can_slice_in_place", &can_slice_in_place);
   m.def("simd", [] { return simd_name(simd_level()); });
   m.def(
       "limit_simd", [](int level) { return simd_name(limit_simd(static_cast<Simd>(level))); },

@@ -11,7 +11,7 @@ namespace diffprune {
 // which may be absent (size 1, kept whole).
 struct SliceEntry {
   const void* source;
-  void* target;  // (pre, n_keep_a, mid, n_keep_b, post): the source itself, or memory that doesn't overlap it
+  void* target;  // (pre, n_keep_a, mid, n_keep_b, post): the source itself, or memory that doesn't overlap
   int64_t element_size;
   int64_t pre, a, mid, b, post;
   const int64_t* keep_a;  // sorted; null: whole
@@ -23,9 +23,7 @@ struct SliceEntry {
 
 void slice_channels_cpu(const SliceEntry* entries, int64_t n_entries, int threads);
 
-// Gives the whole pages of [begin, end) back to the system; the addresses stay valid. Does nothing where it can't.
-void give_back_pages(void* begin, void* end);
-// Whether give_back_pages does something here.
-bool can_give_back_pages();
+// Whether slicing in place gives the memory behind the kept elements back on this system.
+bool can_slice_in_place();
 
 }  // namespace diffprune

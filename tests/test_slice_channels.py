@@ -233,7 +233,7 @@ def test_new_memory_never_exceeds_the_largest_tensor(monkeypatch) -> None:
 
     class Native:
         @staticmethod
-        def can_give_back():
+        def can_slice_in_place():
             return False
 
         @staticmethod

@@ -3,7 +3,8 @@
 // In place (target == source) one thread walks a tensor from its first row to its last. A kept element's place in the
 // target is never behind its place in the source, and sources are read in ascending order, so nothing is overwritten
 // that is still to be read: that holds for elements, for vectors of them (loaded before they are stored) and for runs
-// (memmove). Threads share the tensors, the largest first. Into other memory, tensors are cut up among the threads.
+// (memmove). The pages behind the kept elements are given back. Threads share the tensors, the largest first. Into
+// other memory, tensors are cut up among the threads.
 #include "slice_channels.h"
 
 #include <algorithm>
@@ -165,6 +166,18 @@ void scale_row(char* row, int64_t bytes, Dtype dtype, double factor) {
   }
 }
 
+// The whole pages of [begin, end) go back to the system; the addresses stay valid.
+void give_back_pages(char* begin, char* end) {
+#if defined(__linux__)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(end) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+#else
+  (void)begin, (void)end;
+#endif
+}
+
 struct Job {  // one tensor
   SliceEntry entry;
   RowPick pick;
@@ -206,6 +219,10 @@ struct Job {  // one tensor
       pick.copy(static_cast<const char*>(e.source) + from * row_bytes, target);
       if (e.scale) scale_row(target, kept_bytes, e.dtype, e.scale[a]);
     }
+    if (in_place) {
+      char* begin = static_cast<char*>(e.target);
+      give_back_pages(begin + rows * kept_bytes, begin + e.pre * e.a * e.mid * row_bytes);
+    }
   }
 };
 
@@ -223,22 +240,11 @@ void advise_huge(void* begin, int64_t bytes) {
 
 }  // namespace
 
-bool can_give_back_pages() {
+bool can_slice_in_place() {
 #if defined(__linux__)
   return true;
 #else
   return false;
-#endif
-}
-
-void give_back_pages(void* begin, void* end) {
-#if defined(__linux__)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
-  const uintptr_t last = reinterpret_cast<uintptr_t>(end) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
-#else
-  (void)begin, (void)end;
 #endif
 }
 

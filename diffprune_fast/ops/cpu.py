@@ -15,7 +15,7 @@ from . import reference
 from .channel_scores import CRITERIA, DTYPES, ScoreTable
 from .slice_channels import Slice, sliced_shape
 
-ABI = 2
+ABI = 3
 
 _cpu: Any
 try:
@@ -162,7 +162,7 @@ def _owns_pages(tensor: Tensor) -> bool:
 
     Memory that isn't resizable belongs to a file, a NumPy array or another storage.
     """
-    if tensor.numel() * tensor.element_size() < _LARGE or not _cpu.can_give_back():
+    if tensor.numel() * tensor.element_size() < _LARGE or not _cpu.can_slice_in_place():
         return False
     storage = tensor.untyped_storage()
     users = getattr(torch._C, "_storage_Use_Count", None)
@@ -174,7 +174,7 @@ def _owns_pages(tensor: Tensor) -> bool:
 
 
 def _shrink(tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """The tensor's first elements in memory become the whole tensor; the pages behind them go back to the system."""
+    """The tensor's first elements in memory become the whole tensor; the kernel gave the pages behind them back."""
     storage = tensor.untyped_storage()
     order = reference.memory_order(tensor)
     strides = [0] * len(shape)
@@ -183,7 +183,6 @@ def _shrink(tensor: Tensor, shape: tuple[int, ...]) -> None:
         strides[dim] = step
         step *= shape[dim]
     size = step * tensor.element_size()
-    _cpu.give_back(storage.data_ptr() + size, storage.data_ptr() + storage.nbytes())
     tensor.data = torch.empty(0, dtype=tensor.dtype).set_(storage[:size], 0, shape, strides)
 
 

@@ -76,7 +76,7 @@ def _claim(units: np.ndarray, member: Member, offset: int) -> None:
     index = np.asarray(member.index)
     if index.size and not 0 <= index.min() <= index.max() < len(units):
         raise ValueError(f"{member.place} has {len(units)} channels, the plan names channel {index.max()}")
-    if (units[index] >= 0).any() or len(np.unique(index)) != index.size:
+    if (units[index] >= 0).any() or np.bincount(index.ravel(), minlength=1).max() > 1:
         raise ValueError(f"the plan lists a channel of {member.place} twice")
     units[index] = offset + np.arange(len(index), dtype=np.int32)[:, None]
 
