@@ -111,6 +111,8 @@ def compare(case: Case, plan: dpf.Plan, ratio: float, seed: int, run: str) -> tu
     norm_groups = "count" if run == "uneven" else run
     keep = uneven_keep(plan, ratio, seed) if run == "uneven" else random_keep(plan, ratio, seed, norm_groups)
     dense = masked_dense(model, plan, keep)
+    with torch.no_grad(), Float64Throughout():
+        unpruned = case.run(model)
     result = dpf.prune(model, plan, keep, norm_groups=norm_groups, example_inputs=case.example_inputs)
     with torch.no_grad(), Float64Throughout():
         with mean_sizes() as sizes:
@@ -120,6 +122,8 @@ def compare(case: Case, plan: dpf.Plan, ratio: float, seed: int, run: str) -> tu
     scale = want.abs().max().item()
     if not scale > 1e-3:
         raise AssertionError("the output is all but zero: the comparison would prove nothing")
+    if torch.allclose(want, unpruned, rtol=1e-3, atol=1e-3 * scale):
+        raise AssertionError("pruning all but changes nothing: the comparison would prove nothing")
     return (got - want).abs().max().item() / scale, result.after.params / result.before.params
 
 

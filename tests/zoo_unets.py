@@ -7,9 +7,11 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.uvit_2d import UVit2DModel
 from models import Case
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from zoo_inputs import built, case, flat, random, timesteps
 
 
@@ -55,6 +57,39 @@ _CONDITION: dict[str, Any] = {
     "attention_head_dim": 8,
 }
 
+
+class OwnProcessor:
+    """An attention processor as users write them: products spelled out, the scale from the module."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, **others: Any) -> Tensor:
+        b, _, h, w = hidden_states.shape
+        x = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)
+        q, k, v = (p(x).reshape(b, h * w, attn.heads, -1).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
+        weights = torch.softmax(q @ k.transpose(-1, -2) * attn.scale, dim=-1)
+        x = attn.to_out[0]((weights @ v).transpose(1, 2).reshape(b, h * w, -1))
+        return (x.transpose(1, 2).reshape(b, -1, h, w) + hidden_states) / attn.rescale_output_factor
+
+
+def _own_processor() -> nn.Module:
+    model: Any = _unet2d("AttnDownBlock2D", "AttnUpBlock2D")()
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(OwnProcessor())
+    return model
+
+
+def _checkpointed() -> nn.Module:
+    model: Any = _unet2d("AttnDownBlock2D", "AttnUpBlock2D")()
+    model.mid_block = checkpoint_wrapper(model.mid_block)
+    return model
+
+
+def _compiled() -> nn.Module:
+    model: Any = _unet2d("AttnDownBlock2D", "AttnUpBlock2D")()
+    model.mid_block = torch.compile(model.mid_block, backend="eager")
+    return model
+
+
 UNETS = [
     case("UNet2DModel-Down", _unet2d("DownBlock2D", "UpBlock2D"), _image),
     case("UNet2DModel-Attn", _unet2d("AttnDownBlock2D", "AttnUpBlock2D"), _image),
@@ -70,6 +105,9 @@ UNETS = [
         _unet2d("AttnSkipDownBlock2D", "AttnSkipUpBlock2D", block_out_channels=(64, 64)),
         _image,
     ),
+    case("UNet2DModel-own-processor", _own_processor, _image),
+    case("UNet2DModel-checkpointed", _checkpointed, _image),
+    case("UNet2DModel-compiled", _compiled, _image),
     case("UNet2DModel-fourier", _unet2d("DownBlock2D", "UpBlock2D", time_embedding_type="fourier"), _image),
     case(
         "UNet2DConditionModel-K",
