@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/compile_ahead.py [--quick] [--json FILE] [--ptx DIR]
 
-Prints registers, shared memory and spills per variant and target. Exits with 1 if a variant spills or if a 32-bit or
-16-bit variant has no 16-byte loads of the tensors.
+Prints registers, shared memory and spills per variant and target. Exits with 1 if a variant spills, or has no
+16-byte loads where weights and gradients lie in the same memory order.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def problem(row: dict[str, Any]) -> str | None:
     """What is wrong with a compiled variant, or None."""
     if row["spills"]:
         return f"spills {row['spills']} bytes"
-    if row["variant"]["kernel"] == "pass_over_tensors" and not row["vector_loads"]:
+    if row["variant"].get("same_order") and not row["vector_loads"]:
         return "has no 16-byte loads"
     return None
 

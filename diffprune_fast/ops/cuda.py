@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
     tables, left = slice_tables.build(tensors, slices)
     skipped = set(left)
     if len(tables.tile_entry):
-        _launch(tables, tensors[0].device)
+        launch(prepare(tables, tensors[0].device))
     for i, (tensor, piece) in enumerate(zip(tensors, slices)):
         if i in skipped:
             reference.slice_channels_([tensor], [piece])
@@ -57,29 +58,43 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
             shrink(tensor, sliced_shape(tensor, piece))
 
 
-def _launch(tables: slice_tables.SliceTables, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream()
-        indices = _put(tables.indices, device)
-        scales = [scale.to(device, non_blocking=True) for _, scale in tables.scales]
-        entries = _put(tables.placed(indices.data_ptr(), [s.data_ptr() for s in scales]), device)
-        tile_entry = _put(tables.tile_entry, device)
-        n, tiles = len(tables.entries), len(tables.tile_entry)
-        flags = torch.zeros(1 + tiles + n, dtype=torch.int32, device=device)
-        _cuda.slice_channels(
-            entries=entries.data_ptr(),
-            tile_entry=tile_entry.data_ptr(),
-            tiles=tiles,
-            ticket=flags.data_ptr(),
-            read=flags[1:].data_ptr(),
-            frontier=flags[1 + tiles :].data_ptr(),
-            device=stream.device_index,
-            stream=stream.cuda_stream,
-        )
+@dataclass
+class Prepared:
+    """A table on the device, good for one launch. flags: ticket, tiles that have been read, frontiers; all zero."""
+
+    entries: Tensor
+    tile_entry: Tensor
+    flags: Tensor
+    alive: tuple[Tensor, ...]
+
+
+def prepare(tables: slice_tables.SliceTables, device: torch.device) -> Prepared:
+    """Upload the tables on the current stream, by copies that the host doesn't wait for."""
+    indices = _put(tables.indices, device)
+    scales = [scale.to(device, non_blocking=True) for _, scale in tables.scales]
+    entries = _put(tables.placed(indices.data_ptr(), [s.data_ptr() for s in scales]), device)
+    tile_entry = _put(tables.tile_entry, device)
+    flags = torch.zeros(1 + len(tile_entry) + len(entries), dtype=torch.int32, device=device)
+    return Prepared(entries, tile_entry, flags, (indices, *scales))
+
+
+def launch(prepared: Prepared) -> None:
+    """Compact every tensor of the table where it lies, on the current stream. Returns at once."""
+    stream = torch.cuda.current_stream(prepared.flags.device)
+    tiles = len(prepared.tile_entry)
+    _cuda.slice_channels(
+        entries=prepared.entries.data_ptr(),
+        tile_entry=prepared.tile_entry.data_ptr(),
+        tiles=tiles,
+        ticket=prepared.flags.data_ptr(),
+        read=prepared.flags[1:].data_ptr(),
+        frontier=prepared.flags[1 + tiles :].data_ptr(),
+        device=stream.device_index,
+        stream=stream.cuda_stream,
+    )
 
 
 def _put(values: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, by a copy that the host doesn't wait for."""
     return torch.from_numpy(values).pin_memory().to(device, non_blocking=True)
 
 

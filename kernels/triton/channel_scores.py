@@ -166,7 +166,8 @@ def pass_over_tensors(
         col_base = tl.load(layouts + entry * 6 + 3)
         period = tl.load(layouts + entry * 6 + 4).to(tl.int32)
         stride = tl.load(layouts + entry * 6 + 5).to(tl.int32)
-        if aligned != 0:
+        # gradients in another memory order are gathered: one path for all of them needs fewer registers
+        if SAME_ORDER and aligned != 0:
             _item(
                 theta_address, grad_address, step_stride, rows, cols, period, stride, row_base, col_base,
                 row_tile, col_tile, rows_per_item, step_weights, n_steps, partials,

@@ -34,7 +34,8 @@ def block_shape(dtype: torch.dtype, stacked: bool, same_order: bool) -> tuple[in
     memory order (their addresses do): with all of them the compiler spills registers.
     """
     rows, cols = BLOCKS[dtype]
-    return rows // (2 if stacked else 1) // (1 if same_order else 4), cols
+    share = (2 if stacked else 1) if same_order else (8 if stacked else 2)
+    return rows // share, cols
 
 
 @dataclass(frozen=True)
