@@ -27,7 +27,7 @@ import torch
 import diffprune_fast as dpf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from models import Case
+from models import CASES, Case
 from oracle import kept_statistics, masked_dense, random_keep, randomised
 from oracle_spelled_norms import Float64Throughout, mean_sizes, spelled_statistics
 from zoo import ZOO
@@ -182,8 +182,7 @@ def document(rows: list[Row], ratio: float) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `python benchmarks/architectures.py --write docs/architectures.md` from the tiny random configs in "
-        "`tests/zoo.py`.",
+        "Written by `python benchmarks/architectures.py --write docs/architectures.md` X,
         "",
         f"{len(exact)} of {len(rows)} prune exactly: traced, a random keep-set removed at ratio {ratio:g} with "
         '`norm_groups="exact"` and `"count"`, and the outputs compared in float64 with those of the masked dense model '
@@ -235,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     rows: list[Row] = []
     print(f"{'':41} {'size':>6} {'grps':>4} {'prun.':>6} {'dims':>6} {'left':>6} {'trace':>7} {'error':>6}")
-    for case in ZOO:
+    for case in [*CASES, *ZOO]:
         if not args.names or any(n in case.name for n in args.names):
             rows.append(measure(case, args.ratio, args.seeds))
             print(printed(rows[-1]), flush=True)

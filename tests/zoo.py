@@ -9,7 +9,8 @@ from __future__ import annotations
 from models import Case
 from zoo_image_transformers import IMAGE_TRANSFORMERS
 from zoo_language import LANGUAGE_CASES
+from zoo_others import OTHERS
 from zoo_unets import AUTOENCODERS, UNETS
 from zoo_video_transformers import VIDEO_TRANSFORMERS
 
-ZOO: list[Case] = [*UNETS, *AUTOENCODERS, *IMAGE_TRANSFORMERS, *VIDEO_TRANSFORMERS, *LANGUAGE_CASES]
+ZOO: list[Case] = [*UNETS, *AUTOENCODERS, *IMAGE_TRANSFORMERS, *VIDEO_TRANSFORMERS, *OTHERS, *LANGUAGE_CASES]
