@@ -182,7 +182,8 @@ def document(rows: list[Row], ratio: float) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `python benchmarks/architectures.py --write docs/architectures.md` X,
+        "Written by `python benchmarks/architectures.py --write docs/architectures.md` from the tiny random configs in "
+        "`tests/models.py` and `tests/zoo*.py`.",
         "",
         f"{len(exact)} of {len(rows)} prune exactly: traced, a random keep-set removed at ratio {ratio:g} with "
         '`norm_groups="exact"` and `"count"`, and the outputs compared in float64 with those of the masked dense model '
