@@ -26,7 +26,7 @@ def time_model(step: Step, model: nn.Module, size: int, name: str) -> dict[str, 
     images = torch.randn(batch, 3, size, size, device=step.device).to(memory_format=torch.channels_last)
     t = torch.full((batch,), 500, device=step.device)
     with torch.inference_mode(), precision(step, name):
-        times = spread(step.milliseconds(lambda _: model(images, t).sample, 10))
+        times = spread(step.milliseconds(lambda _: model(images, t).sample, 5))
     return {**times, "images_per_s": batch / times["ms"] * 1e3}
 
 
