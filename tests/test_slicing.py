@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import ExplicitAttention, ResidualCNN, Transformer, small_condition_unet, small_unet
-from oracle import random_keep
+from oracle import assert_exact, random_keep
 from torch import Tensor, nn
 
 import diffprune_fast as dpf
@@ -357,3 +357,49 @@ def test_dry_run_says_what_would_come_out() -> None:
     assert_same(model, before)
     dpf.prune(model, plan, keep, norm_groups="exact")
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == sliced.shapes
+
+
+class TwoAttentions(nn.Module):
+    """Queries that serve two attentions, as in video models with text and image keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(5, 32)
+        self.q, self.out = nn.Linear(32, 32), nn.Linear(32, 3)
+        self.keys = nn.ModuleList([nn.Linear(32, 32) for _ in range(2)])
+        self.values = nn.ModuleList([nn.Linear(32, 32) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.proj_in(x)
+
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (4, -1)).transpose(1, 2)
+
+        q = heads(self.q(h))
+        both = [F.scaled_dot_product_attention(q, heads(k(h)), heads(v(h))) for k, v in zip(self.keys, self.values)]
+        return self.out((both[0] + both[1]).transpose(1, 2).flatten(2))
+
+
+def test_shared_queries_take_the_softmax_scale_once() -> None:
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    result = assert_exact(TwoAttentions(), lambda m: m(x), ratio=0.4, example_inputs=(torch.empty(1, 6, 5),))
+    assert len(result.plan.scale_fixes) == 1
+
+
+class HiddenNumber(nn.Module):
+    """A number that follows a width and meets no channel: nothing at the failing operation names the culprit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.a(x))
+        temperature = torch.ones(1, 1, device=x.device) * h.shape[-1]
+        return self.c(F.silu(self.b(h))) * temperature
+
+
+def test_culprit_that_no_operation_names_is_found_by_halving() -> None:
+    plan = dpf.trace(HiddenNumber(), (torch.empty(1, 4),))
+    assert [g.name for g in plan.groups] == ["b"]
+    assert "read elsewhere" in plan.frozen["a.weight:0"]

@@ -36,13 +36,7 @@ def build_plan(model: nn.Module, walk: Walk) -> Plan:
         frozen=_frozen(graph, component, frozen_reason, places, starts),
         shapes=nodes.shapes,
         buffers=nodes.buffers,
-        scale_fixes=tuple(
-            [
-                ScaleFix(s.place, s.n_dims, unit_of[s.first_row], s.targets)
-                for s in walk.scales
-                if (unit_of[s.first_row] >= 0).any()
-            ]
-        ),
+        scale_fixes=_scale_fixes(walk, unit_of),
         attributes=attributes,
         costs=costs,
         extents=extents,
@@ -150,6 +144,17 @@ def _constraints(graph: Graph, unit_of: np.ndarray, offsets: np.ndarray) -> tupl
         seen.add(key)
         out.append(Constraint(c.kind, c.place, rows))
     return tuple(out)
+
+
+def _scale_fixes(walk: Walk, unit_of: np.ndarray) -> tuple[ScaleFix, ...]:
+    """One per set of parameters: queries that serve two attentions (text and image) take their factor once."""
+    fixes: dict[tuple[object, ...], ScaleFix] = {}
+    for s in walk.scales:
+        units = unit_of[s.first_row]
+        if (units >= 0).any():
+            key = (s.n_dims, *[(name, rows.tobytes()) for name, rows in s.targets])
+            fixes.setdefault(key, ScaleFix(s.place, s.n_dims, units, s.targets))
+    return tuple(fixes.values())
 
 
 def _frozen(

@@ -7,6 +7,8 @@ whose sizes the failing operation confuses are tied to equal counts; otherwise t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from torch import nn
 
@@ -22,50 +24,95 @@ ROUNDS = 24
 def probed(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     """The plan, with groups tied or frozen until uneven keep-sets of it pass the gate."""
     for turn in range(ROUNDS):
-        keep = _uneven(plan, seed=turn)
-        try:
-            pass_gate(model, plan, sliced_shapes(model, plan, keep), "count", calls)
-        except GateError as error:
-            if not _settle(walk, plan, keep, error):
-                return plan
-            plan = build_plan(model, walk)
-        else:
+        keep = _uneven(plan, turn)
+        error = _tried(model, plan, keep, calls)
+        if error is None:
             return plan
+        groups = _concerned(walk, plan, keep, error)
+        if not groups:
+            groups = _culprits(model, plan, keep, calls, _shrunk_clusters(plan, keep))
+        reason = f"has a width that is read elsewhere ({str(error).partition('. Its forward')[0]})"
+        twin = _twin(plan, keep, error, groups)
+        if twin is not None:
+            walk.graph.constrain("size", reason, np.stack([_first_nodes(walk, plan, g) for g in twin]))
+        for name in groups if twin is None else ():
+            walk.graph.freeze(_first_nodes(walk, plan, name), reason)
+        if not groups:
+            return plan
+        plan = build_plan(model, walk)
     return plan
 
 
-def _uneven(plan: Plan, seed: int) -> dict[str, np.ndarray]:
+def _tried(model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls) -> GateError | None:
+    try:
+        pass_gate(model, plan, sliced_shapes(model, plan, keep), "count", calls)
+    except GateError as error:
+        return error
+    return None
+
+
+def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
     """An allowed keep-set in which groups of equal size keep different counts, as far as that goes."""
     from ..selection.constraints import lattice  # selection is planned on: it imports this package
     from ..selection.ranking import rank_units
 
     of = lattice(plan, "count")
-    random = np.random.default_rng(seed)
-    chosen = np.array([c[random.integers(max(1, len(c) // 2), len(c)) - 1] if len(c) > 1 else c[0] for c in of.allowed])
-    stays = rank_units(of, random.random(plan.n_units), "independent").kept(chosen.astype(np.int64))
+    seen: dict[int, int] = {}
+    chosen = of.levels.copy()
+    for c, choices in enumerate(of.allowed):
+        if len(choices) > 1:
+            turns = seen.setdefault(int(of.levels[c]), turn)
+            seen[int(of.levels[c])] += 1
+            chosen[c] = choices[len(choices) - 2 - turns % (len(choices) - 1)]
+    stays = rank_units(of, np.random.default_rng(turn).random(plan.n_units), "independent").kept(chosen)
     return {g.name: np.flatnonzero(stays[plan.offsets[i] : plan.offsets[i + 1]]) for i, g in enumerate(plan.groups)}
 
 
-def _settle(walk: Walk, plan: Plan, keep: dict[str, np.ndarray], error: GateError) -> bool:
-    """Tie or freeze the groups that a failure concerns; False where it concerns none."""
-    unit_of = units_of_nodes(plan, walk.nodes)
-    units = unit_of[error.nodes]
+def _concerned(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: GateError) -> list[str]:
+    """The groups of the channels at which the walk failed, or else those that have the size it was asked for."""
+    units = units_of_nodes(plan, walk.nodes)[error.nodes]
     groups = np.unique(np.searchsorted(plan.offsets, units[units >= 0], side="right") - 1).tolist()
-    reason = f"has a width that is read elsewhere ({str(error).partition('. Its forward')[0]})"
-    asked = [g for g, group in enumerate(plan.groups) if 2 < len(keep[group.name]) in error.sizes]
-    for g in groups:
-        twins = [t for t in asked if plan.groups[t].n_units == plan.groups[g].n_units and t != g]
-        twins = [t for t in twins if len(keep[plan.groups[t].name]) != len(keep[plan.groups[g].name])]
+    return [plan.groups[g].name for g in groups] or [n for n in keep if len(keep[n]) in error.sizes]
+
+
+def _culprits(
+    model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls, clusters: Sequence[Sequence[str]]
+) -> list[str]:
+    """The clusters of groups that fail on their own, by halving: for failures that name no channel."""
+    part = {n: keep[n] for names in clusters for n in names}
+    if not part or _tried(model, plan, part, calls) is None:
+        return []
+    if len(clusters) == 1:
+        return list(clusters[0])
+    half = len(clusters) // 2
+    found = [_culprits(model, plan, keep, calls, side) for side in (clusters[:half], clusters[half:])]
+    return [*found[0], *found[1]]
+
+
+def _shrunk_clusters(plan: Plan, keep: Mapping[str, np.ndarray]) -> list[list[str]]:
+    """Groups that constraints tie to one another, without those that keep everything."""
+    from ..selection.constraints import lattice
+
+    clusters: dict[int, list[str]] = {}
+    for g, c in zip(plan.groups, lattice(plan, "count").cluster.tolist()):
+        if len(keep[g.name]) < g.n_units:
+            clusters.setdefault(c, []).append(g.name)
+    return list(clusters.values())
+
+
+def _twin(
+    plan: Plan, keep: Mapping[str, np.ndarray], error: GateError, groups: Sequence[str]
+) -> tuple[str, str] | None:
+    """Two groups of one size, of which the failing operation asked one for the other's kept count."""
+    for name in groups:
+        n, left = plan[name].n_units, len(keep[name])
+        twins = [g.name for g in plan.groups if g.n_units == n and left != len(keep[g.name]) in error.sizes]
         if len(twins) == 1:
-            rows = np.stack([_first_nodes(walk, plan, g), _first_nodes(walk, plan, twins[0])])
-            walk.graph.constrain("size", reason, rows)
-            return True
-    for g in groups or asked:
-        walk.graph.freeze(_first_nodes(walk, plan, g), reason)
-    return bool(groups or asked)
+            return name, twins[0]
+    return None
 
 
-def _first_nodes(walk: Walk, plan: Plan, g: int) -> np.ndarray:
+def _first_nodes(walk: Walk, plan: Plan, name: str) -> np.ndarray:
     """One channel of every unit of a group, ``(n_units,)``."""
-    member = plan.groups[g].members[0]
+    member = plan[name].members[0]
     return walk.nodes.start[member.parameter, member.dim] + member.index[:, 0].astype(np.int32)
