@@ -88,7 +88,7 @@ def source(variant: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         }
         kernel = module.pass_over_tensors
     signature |= dict.fromkeys(constants, "constexpr")
-    return ASTSource(kernel, signature, constexprs=constants), {"num_warps": 4}
+    return ASTSource(kernel, signature, constexprs=constants), {"num_warps": module.NUM_WARPS}
 
 
 def compile_one(task: tuple[dict[str, Any], tuple[str, Any, int], str | None]) -> dict[str, Any]:

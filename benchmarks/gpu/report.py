@@ -1,6 +1,6 @@
 """Put the steps' files together: ``results.json`` and ``results.md`` in the folder given.
 
-    python benchmarks/gpu/report.py STEPS_FOLDER OUT_FOLDER
+python benchmarks/gpu/report.py STEPS_FOLDER OUT_FOLDER
 """
 
 from __future__ import annotations
@@ -127,7 +127,10 @@ def main() -> None:
     (out / "results.json").write_text(json.dumps({"about": about, "rehearsal": rehearsal, "steps": steps}, indent=1))
     lines = ["# GPU results", "", ", ".join(f"{k} {v}" for k, v in about.items()), ""]
     if rehearsal:
-        lines += ["**A rehearsal on the CPU at tiny sizes: it shows that the suite runs. No figure means anything.**", ""]
+        lines += [
+            "**A rehearsal on the CPU at tiny sizes: it shows that the suite runs. No figure means anything.**",
+            "",
+        ]
     lines += ["## Aims", "", *goal_table([] if rehearsal else rows), ""]
     for step in steps:
         lines += [f"## {step['step']}", "", *step_table(step["rows"]), ""]

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu/run.sh OUT [--dry-run] [STEP ...]
 #
-# Steps: build tests sanitizer kernels end_to_end pruned_speed scoring_step (all of them, in this order).
+# Steps: build tests sanitizer whole_tables end_to_end pruned_speed scoring_step (all of them, in this order).
 # Into OUT go results.json, results.md and log.txt. A step that fails or runs out of time is named in results.md and
 # the others still run; the exit status is 1 then. --dry-run rehearses all of it on the CPU at tiny sizes.
 # Needs Python 3.12 with PyTorch and Triton, and nvcc; wheels of what else is missing are taken from
@@ -21,7 +21,7 @@ if [ "${1:-}" = --dry-run ]; then
   dry=(--dry-run)
   shift
 fi
-if [ $# -gt 0 ]; then steps=("$@"); else steps=(build tests sanitizer kernels end_to_end pruned_speed scoring_step); fi
+if [ $# -gt 0 ]; then steps=("$@"); else steps=(build tests sanitizer whole_tables end_to_end pruned_speed scoring_step); fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -112,7 +112,7 @@ install_wheels || failed+=("wheels could not be installed")
 step build 90 bash -c "dry=(${dry[*]:-}); build"
 step tests 90 bash -c "dry=(${dry[*]:-}); tests"
 step sanitizer 75 bash -c "dry=(${dry[*]:-}); sanitizer"
-measure kernels 110
+measure whole_tables 110
 measure end_to_end 150
 measure pruned_speed 40
 measure scoring_step 40

@@ -124,6 +124,7 @@ def test_a_captured_call_reads_new_values_at_every_replay() -> None:
 
 
 @pytest.mark.needs_cuda
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_first_call_inside_a_capture_says_what_to_do() -> None:
     device = torch.device("cuda")
     thetas = make_tensors(SHAPES, device, torch.float32, 1)

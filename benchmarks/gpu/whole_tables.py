@@ -221,7 +221,7 @@ def peak_extra(step: Step, setup: Callable[[], Any], work: Callable[[Any], Any])
 
 
 def main() -> None:
-    step = Step("kernels", __doc__.splitlines()[0])
+    step = Step("whole tables", __doc__.splitlines()[0])
     copy = step.copy_bandwidth()
     step.row(operation="copy", model="4 GiB", provider="torch", gb_s=copy)
     for model, dtype in TABLES[:1] if step.rehearsal else TABLES:
