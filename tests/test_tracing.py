@@ -160,6 +160,11 @@ def test_ops_of_two_activations_join_them() -> None:
     assert members(plan, "conv1") == {"conv1.weight:0", "conv1.bias:0", "conv2.weight:1", "slope:0"}
 
 
+def test_maximum_with_a_constant_freezes() -> None:
+    plan = dpf.trace(TwoConvs(lambda h: torch.max(torch.zeros(1, 12, 8, 8, device=h.device), h)), X)
+    assert plan.groups == ()
+
+
 def test_residual_joins_both_producers() -> None:
     plan = dpf.trace(ResidualCNN(), (torch.empty(1, 3, 16, 16),))
     assert {"stem.weight:0", "bn.weight:0", "bn.running_var:0", "pointwise.weight:0", "depthwise.weight:0"} <= members(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .labels import Labels, Layers, compress, varying
-from .rules import dims_of, rule, unknown
+from .rules import dims_of, rule, rule_of_first, unknown
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -77,20 +77,16 @@ def move(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return out
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
-def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@rule_of_first("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     """Pieces of a labelled dim: all equal, so that they stay equal, or else the dim stays whole."""
     x = args[0]
-    outs = walk.run(func, args, kwargs)
-    labels = walk.labels(x)
-    if labels is None:
-        return outs
     dim = (kwargs.get("dim", args[2] if len(args) > 2 else 0)) % x.dim()
-    stops = np.cumsum([o.shape[dim] for o in outs])[:-1]
-    pieces: list[list[np.ndarray]] = [[] for _ in outs]
+    stops = np.cumsum([o.shape[dim] for o in out])[:-1]
+    pieces: list[list[np.ndarray]] = [[] for _ in out]
     for layer in labels.layers:
         if layer.shape[dim] == 1:
-            parts = [layer] * len(outs)
+            parts = [layer] * len(out)
         else:
             parts = np.split(layer, stops, axis=dim)
             if len({p.shape[dim] for p in parts}) > 1:
@@ -101,19 +97,15 @@ def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         for piece, part in zip(pieces, parts):
             if part.size > 1:
                 piece.append(part)
-    for o, piece in zip(outs, pieces):
+    for o, piece in zip(out, pieces):
         walk.label(o, Labels(tuple(piece), labels.feeds))
-    return outs
+    return out
 
 
-@rule("slice", "narrow", "index_select", "as_strided", "index")
-def pick(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@rule_of_first("slice", "narrow", "index_select", "as_strided", "index")
+def pick(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     """Positions chosen by constants: what was there must stay there."""
     x = args[0]
-    out = walk.run(func, args, kwargs)
-    labels = walk.labels(x)
-    if labels is None:
-        return out
     name = func.overloadpacket.__name__
     if name in ("as_strided", "index"):
         return unknown(walk, func, args, kwargs)
@@ -177,14 +169,12 @@ def channel_shuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[s
     return reshape(walk, ops.reshape.default, (y, list(shape)), {})
 
 
-@rule("pixel_shuffle")
-def pixel_shuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@rule_of_first("pixel_shuffle")
+def pixel_shuffle(
+    walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels
+) -> Any:
     """The r*r channels of one output channel go together: pixels can't be removed one by one."""
     x, r = args
-    out = walk.run(func, args, kwargs)
-    labels = walk.labels(x)
-    if labels is None:
-        return out
     dim = x.dim() - 3
     kept = []
     for layer in labels.layers:
@@ -203,11 +193,10 @@ def pixel_shuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str
     return out
 
 
-@rule("pixel_unshuffle")
-def pixel_unshuffle(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@rule_of_first("pixel_unshuffle")
+def pixel_unshuffle(
+    walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels
+) -> Any:
     x, r = args
-    out = walk.run(func, args, kwargs)
-    labels = walk.labels(x)
-    if labels is not None:
-        walk.label(out, Labels(tuple([np.repeat(y, r * r, axis=x.dim() - 3) for y in labels.layers])))
+    walk.label(out, Labels(tuple([np.repeat(y, r * r, axis=x.dim() - 3) for y in labels.layers])))
     return out

@@ -29,6 +29,24 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def rule_of_first(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A rule about the first operand: it also gets the op's output and that operand's labels, if there are any."""
+
+    def register(f: Callable[..., Any]) -> Callable[..., Any]:
+        def run(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            out = walk.run(func, args, kwargs)
+            labels = walk.labels(args[0])
+            if labels is not None:
+                return f(walk, func, args, kwargs, out, labels)
+            others = any(walk.labels(t) is not None for t in walk.tensors((args[1:], kwargs)))
+            return unknown(walk, func, args, kwargs) if others else out
+
+        rule(*names)(run)
+        return f
+
+    return register
+
+
 def shell(shape: Sequence[int], like: Tensor) -> Tensor:
     """An output that has a shape and no data: PyTorch's own meta kernels cost more than all our arithmetic."""
     return torch.empty(shape, dtype=like.dtype, device="meta")
@@ -121,16 +139,15 @@ def dims_of(value: Any, ndim: int) -> list[int]:
     return [d % ndim for d in (value if isinstance(value, (list, tuple)) else [value])]
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std", "prod", "norm", "linalg_vector_norm", "logsumexp", "any", "all",
-      "max", "min", "argmax", "argmin", "var_mean", "std_mean")  # fmt: skip
-def reduction(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+_REDUCTIONS = """mean sum amax amin var std prod norm linalg_vector_norm logsumexp any all max min argmax argmin
+    var_mean std_mean"""
+
+
+@rule_of_first(*_REDUCTIONS.split())
+def reduction(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     x = args[0]
     if len(args) > 1 and isinstance(args[1], Tensor):  # max(a, b)
         return elementwise(walk, func, args, kwargs)
-    out = walk.run(func, args, kwargs)
-    labels = walk.labels(x)
-    if labels is None:
-        return out
     named = [a.name for a in func._schema.arguments]
     values = {**dict(zip(named, args)), **kwargs}
     dims = dims_of(values.get("dim"), x.dim())
@@ -143,14 +160,10 @@ def reduction(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return out
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "logcumsumexp")
-def along_dim(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@rule_of_first("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "logcumsumexp")
+def along_dim(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     """The result at an element depends on the whole dim."""
     x = args[0]
-    out = walk.run(func, args, kwargs)
-    labels = walk.labels(x)
-    if labels is None:
-        return out
     dim = (args[1] if len(args) > 1 and not isinstance(args[1], bool) else kwargs.get("dim", -1)) % x.dim()
     name = func.overloadpacket.__name__
     kept = walk.graph.reduce(labels.layers, [dim], walk.place(func), f"is mixed by {name}")
@@ -159,19 +172,18 @@ def along_dim(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return out
 
 
-@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
-      "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa",
-      "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_trilinear3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-      "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-      "_adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "pad", "constant_pad_nd",
-      "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "replication_pad3d")  # fmt: skip
-def spatial(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+_SPATIAL = """upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa
+    upsample_bicubic2d _upsample_bicubic2d_aa upsample_trilinear3d avg_pool1d avg_pool2d avg_pool3d
+    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_avg_pool1d adaptive_avg_pool2d
+    _adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d pad constant_pad_nd reflection_pad1d
+    reflection_pad2d replication_pad2d replication_pad3d"""
+
+
+@rule_of_first(*_SPATIAL.split())
+def spatial(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     """Channels pass; a labelled dim that the op resizes stays whole."""
     x = args[0]
-    out = walk.run(func, args, kwargs)
-    labels = walk.labels(x)
-    if labels is None:
-        return out
     name = func.overloadpacket.__name__
     if name in ("pad", "constant_pad_nd"):
         touched = [x.dim() - 1 - i for i in range(len(args[1]) // 2) if any(args[1][2 * i : 2 * i + 2])]
@@ -188,13 +200,9 @@ def spatial(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return out
 
 
-@rule("embedding")
-def embedding(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@rule_of_first("embedding")
+def embedding(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     weight = args[0]
-    out = walk.run(func, args, kwargs)
-    labels = walk.labels(weight)
-    if labels is None:
-        return out
     kept = []
     for layer in labels.layers:
         if layer.shape[0] > 1:
