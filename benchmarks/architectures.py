@@ -28,11 +28,9 @@ import diffprune_fast as dpf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from models import CASES, Case
-from oracle import kept_statistics, masked_dense, random_keep, randomised
-from oracle_spelled_norms import Float64Throughout, mean_sizes, spelled_statistics
+from oracle import randomised
+from oracle_zoo import EXACT, compare
 from zoo import ZOO
-
-EXACT = 1e-9  # of the output's scale, in float64; what rounding leaves is 1e-16 to 1e-13
 
 
 @dataclass
@@ -91,40 +89,6 @@ def _frozen_reasons(plan: dpf.Plan, row: Row) -> None:
         if name not in small:
             dims = sum(n > 1 for n in plan.shapes[name])
             row.whole[reason_of(reason)] += int(np.prod(plan.shapes[name])) / max(dims, 1) / total
-
-
-def uneven_keep(plan: dpf.Plan, ratio: float, seed: int) -> dict[str, np.ndarray]:
-    """A random keep-set in which groups keep different shares, so that sizes which only happen to agree don't."""
-    generator = np.random.default_rng(seed)
-    scores = generator.random(plan.n_units)
-    ratios = {g.name: float(generator.uniform(0.3, 1.7) * ratio) for g in plan.groups}
-    selection = dpf.select(
-        plan, scores, ratio=ratio, ratios=ratios, round_to=1, norm_groups="count", blocks="independent", ranking="local"
-    )
-    return selection.keep
-
-
-def compare(case: Case, plan: dpf.Plan, ratio: float, seed: int, run: str) -> tuple[float, float]:
-    """Prune a random keep-set: the error against the masked dense model, and the share of parameters left."""
-    torch.manual_seed(0)
-    model = randomised(case.make(), seed)
-    norm_groups = "count" if run == "uneven" else run
-    keep = uneven_keep(plan, ratio, seed) if run == "uneven" else random_keep(plan, ratio, seed, norm_groups)
-    dense = masked_dense(model, plan, keep)
-    with torch.no_grad(), Float64Throughout():
-        unpruned = case.run(model)
-    result = dpf.prune(model, plan, keep, norm_groups=norm_groups, example_inputs=case.example_inputs)
-    with torch.no_grad(), Float64Throughout():
-        with mean_sizes() as sizes:
-            got = case.run(model)
-        with kept_statistics(norm_groups), spelled_statistics(sizes):
-            want = case.run(dense)
-    scale = want.abs().max().item()
-    if not scale > 1e-3:
-        raise AssertionError("the output is all but zero: the comparison would prove nothing")
-    if torch.allclose(want, unpruned, rtol=1e-3, atol=1e-3 * scale):
-        raise AssertionError("pruning all but changes nothing: the comparison would prove nothing")
-    return (got - want).abs().max().item() / scale, result.after.params / result.before.params
 
 
 def measure(case: Case, ratio: float, seeds: int) -> Row:

@@ -83,7 +83,7 @@ OTHERS = [
             "timestep": random(b).sigmoid(),
             "encoder_mask": text_mask(b),
             "cross_attention_kwargs": {},
-            "image_rotary_emb": torch.polar(torch.ones(4, 4, 8), random(4, 4, 8).float()),
+            "image_rotary_emb": torch.polar(torch.ones(4, 4, 8).double(), random(4, 4, 8)),
         },
         real=("image_rotary_emb",),
     ),

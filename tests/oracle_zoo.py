@@ -1,4 +1,4 @@
-"""What the masked-dense oracle needs for norms that a model spells out, and for models that cast to float32.
+"""The masked-dense oracle for any architecture: also with norms spelled out, casts to float32, uneven keep-sets.
 
 The sliced model runs under :func:`mean_sizes`, then the masked one under :func:`spelled_statistics` with what that
 found, beside :func:`oracle.kept_statistics`; both under :class:`Float64Throughout`.
@@ -10,10 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from models import Case
+from oracle import kept_statistics, masked_dense, random_keep, randomised
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+import diffprune_fast as dpf
+
+EXACT = 1e-9  # of the output's scale, in float64; what rounding leaves is 1e-16 to 1e-13
 
 
 class Float64Throughout(TorchFunctionMode):
@@ -93,3 +100,37 @@ def mean_sizes() -> Iterator[list[int]]:
 def spelled_statistics(sizes: list[int]) -> Iterator[None]:
     with _SpelledStatistics(sizes):
         yield
+
+
+def uneven_keep(plan: dpf.Plan, ratio: float, seed: int) -> dict[str, np.ndarray]:
+    """A random keep-set in which groups keep different shares, so that sizes which only happen to agree don't."""
+    generator = np.random.default_rng(seed)
+    scores = generator.random(plan.n_units)
+    ratios = {g.name: float(generator.uniform(0.3, 1.7) * ratio) for g in plan.groups}
+    selection = dpf.select(
+        plan, scores, ratio=ratio, ratios=ratios, round_to=1, norm_groups="count", blocks="independent", ranking="local"
+    )
+    return selection.keep
+
+
+def compare(case: Case, plan: dpf.Plan, ratio: float, seed: int, run: str) -> tuple[float, float]:
+    """Prune a random keep-set: the error against the masked dense model, and the share of parameters left."""
+    torch.manual_seed(0)
+    model = randomised(case.make(), seed)
+    norm_groups = "count" if run == "uneven" else run
+    keep = uneven_keep(plan, ratio, seed) if run == "uneven" else random_keep(plan, ratio, seed, norm_groups)
+    dense = masked_dense(model, plan, keep)
+    with torch.no_grad(), Float64Throughout():
+        unpruned = case.run(model)
+    result = dpf.prune(model, plan, keep, norm_groups=norm_groups, example_inputs=case.example_inputs)
+    with torch.no_grad(), Float64Throughout():
+        with mean_sizes() as sizes:
+            got = case.run(model)
+        with kept_statistics(norm_groups), spelled_statistics(sizes):
+            want = case.run(dense)
+    scale = want.abs().max().item()
+    if not scale > 1e-3:
+        raise AssertionError("the output is all but zero: the comparison would prove nothing")
+    if torch.allclose(want, unpruned, rtol=1e-3, atol=1e-3 * scale):
+        raise AssertionError("pruning all but changes nothing: the comparison would prove nothing")
+    return (got - want).abs().max().item() / scale, result.after.params / result.before.params
