@@ -1,6 +1,6 @@
-"""The CUDA slicing kernel's index arithmetic and its order of blocks, on the host; and its compilation by nvcc.
+"""The CUDA slicing kernel on the host: its index arithmetic, its order of blocks, and the kernel itself as threads.
 
-The kernel and this simulation share csrc/cuda/slice_index.h. The kernel itself is tested in tests/gpu.
+What only a GPU can show is tested in tests/gpu.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,21 +30,52 @@ DONE, DEADLOCK, OVERWRITTEN, OUT_OF_ROOM = range(4)
 
 
 @pytest.fixture(scope="session")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """host_simulation.cpp as a library."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
+    """Compiles a file of csrc/cuda with the host's compiler and loads it."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("simulation") / "simulation.so"
-    command = [*compiler.split(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([*command, str(CSRC / "host_simulation.cpp"), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+    folder = tmp_path_factory.mktemp("host")
+
+    def load(name: str) -> ctypes.CDLL:
+        library = folder / f"{name}.so"
+        command = [
+            *compiler.split(),
+            "-std=c++17",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Wno-unknown-pragmas",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+        ]
+        subprocess.run([*command, str(CSRC / f"{name}.cpp"), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def kernel(compiled: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
+    """host_simulation.cpp: the kernel's steps, advanced one at a time in an order of our choice."""
+    loaded = compiled("host_simulation")
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64
     loaded.simulate.argtypes = [pointer, i64, pointer, i64, i64, i64, ctypes.c_uint64, i64]
     loaded.conflicts.argtypes = [pointer, i64, pointer]
     loaded.quotient_is_exact.argtypes = [i64]
     for function in (loaded.simulate, loaded.quotient_is_exact, loaded.entry_bytes):
         function.restype = i64
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def threads(compiled: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
+    """host_kernel.cpp: the kernel as it is written, its blocks as threads."""
+    loaded = compiled("host_kernel")
+    loaded.run_kernel.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    loaded.run_kernel.restype = None
     return loaded
 
 
@@ -180,6 +211,65 @@ def test_random_tables(
     piece = Slice({d: keep(shape[d], generator, share) for d in sorted(dims) if d < len(shape)})
     tensors = [random_tensor(shape, element, generator) for _ in range(2)]
     assert_sliced(kernel, tensors, [piece, piece], schedule=schedule, blocks=blocks, seed=seed)
+
+
+def run_threads(threads: ctypes.CDLL, tensors: Sequence[Tensor], slices: Sequence[Slice], blocks: int = 3) -> None:
+    """Slice with the kernel itself, and compare with the reference to the bit."""
+    expected = [reference.slice_channels(t, s) for t, s in zip(tensors, slices)]
+    tables, left = slice_tables.build(tensors, slices)
+    assert left == []
+    entries = placed(tables)
+    threads.run_kernel(
+        entries.ctypes.data, len(entries), tables.tile_entry.ctypes.data, len(tables.tile_entry), blocks
+    )  # fmt: skip
+    for tensor, piece, want in zip(tensors, slices, expected):
+        cuda.shrink(tensor, sliced_shape(tensor, piece))
+        assert same_bits(tensor, want)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex128], ids=str
+)
+def test_the_kernel_itself_slices_every_kind_of_row(threads: ctypes.CDLL, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1,), (700,), (64, 64), (37, 41), (3, 9001), (12, 10, 3, 3), (4, 520, 3, 3), (40, 16, 1, 1), (200, 3)]
+    tensors = [random_tensor(s, dtype, generator) for s in shapes]
+    tensors += [t.clone(memory_format=torch.channels_last) for t in tensors if t.dim() == 4]
+    slices = [Slice({d: keep(n, generator) for d, n in enumerate(t.shape[:2])}) for t in tensors]
+    run_threads(threads, tensors, slices)
+    run_threads(threads, [random_tensor((300, 96), dtype, generator)], [Slice({0: keep(300, generator)})])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_kernel_itself_scales_rows(threads: ctypes.CDLL, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape, dims in (((40, 96), (0, 1)), ((40, 96), (0,)), ((40, 96), (1,)), ((40,), (0,)), ((20, 8, 3, 3), ())):
+        tensor = torch.randn(shape, generator=generator).to(dtype)
+        piece = {d: keep(shape[d], generator) for d in dims}
+        scale = torch.rand(len(piece[0]) if 0 in piece else shape[0], generator=generator) + 0.5
+        run_threads(threads, [tensor], [Slice(piece, scale)])
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_blocks_of_the_kernel_itself_do_not_run_over_each_other(threads: ctypes.CDLL, blocks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for piece in (Slice({0: torch.arange(1, 300)}), Slice({1: torch.arange(1, 256)})):
+        run_threads(threads, [random_tensor((300, 256), torch.float32, generator)], [piece], blocks)
+
+
+def test_the_kernel_itself_reads_nothing_beyond_a_tensor(threads: ctypes.CDLL) -> None:
+    # rows that start and end between two multiples of 16 bytes, in a memory whose surroundings must not change
+    memory = torch.arange(5000, dtype=torch.float32)
+    before = memory.clone()
+    tensor = memory[3 : 3 + 37 * 41].view(37, 41)
+    kept = torch.arange(0, 37, 2)
+    tables, _ = slice_tables.build([tensor], [Slice({0: kept, 1: torch.arange(40)})])
+    entries = placed(tables)
+    threads.run_kernel(entries.ctypes.data, 1, tables.tile_entry.ctypes.data, len(tables.tile_entry), 2)
+    n = 19 * 40
+    assert torch.equal(memory[3 : 3 + n], before[3 : 3 + 37 * 41].view(37, 41)[kept][:, :40].flatten())
+    assert torch.equal(memory[:3], before[:3])
+    assert torch.equal(memory[3 + 37 * 41 :], before[3 + 37 * 41 :])
 
 
 @pytest.mark.parametrize(
