@@ -99,6 +99,31 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert not any(hasattr(p, "_channel_labels") for p in model.parameters())
 
 
+class Caches(TwoConvs):
+    """A forward that keeps tables on the module, as rotary embeddings do."""
+
+    table: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.ones(8, device=x.device)
+            self.kept.append(self.table)
+        return super().forward(x) * self.table
+
+
+def test_tables_that_a_forward_caches_are_not_left_on_meta() -> None:
+    model = Caches()
+    plan = dpf.trace(model, X)
+    assert model.table is None
+    assert model.kept == []
+    assert model(torch.randn(1, 3, 8, 8)).device.type == "cpu"
+    assert dpf.trace(model, X) == plan
+
+
 def test_failing_forward_names_the_module_and_leaves_the_model() -> None:
     model = TwoConvs(lambda h: h @ torch.ones(3, 3))  # 8 columns meet 3 rows
     identity = [id(p) for p in model.parameters()]

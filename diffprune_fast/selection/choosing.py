@@ -48,7 +48,7 @@ def select(
     ranking: str | None = None,
     round_to: int | None = 8,
     norm_groups: str = "count",
-    blocks: str = "same",
+    blocks: str = "independent",
     rounding: str | None = None,
     ratios: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
@@ -63,7 +63,7 @@ def select(
     by its group's mean. None: local for a ratio, global for params and macs.
     round_to: widths become multiples of so many channels where the constraints leave that choice; None or 1: any.
     norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
-    blocks: ``"same"`` keeps the same offsets in every norm group or head, ``"independent"`` only as many.
+    blocks: ``"independent"`` keeps equally many units in every norm group or head, ``"same"`` the same offsets.
     rounding: ``"reference"`` removes ``int(ratio * n)`` of the n units of a group, or of each norm group's or head's
     share of it, as the method's published code does; local ratio and ``norm_groups="count"`` only, without round_to.
     ratios: shares for groups by name pattern (``fnmatch`` on group and parameter names; the first that matches counts;

@@ -23,6 +23,7 @@ ROUNDS = 24
 
 def probed(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     """The plan, with groups tied or frozen until uneven keep-sets of it pass the gate."""
+    suspects: dict[str, set[str]] = {}
     for turn in range(ROUNDS):
         keep = _uneven(plan, turn)
         error = _tried(model, plan, keep, calls)
@@ -32,13 +33,17 @@ def probed(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
         if not groups:
             groups = _culprits(model, plan, keep, calls, _shrunk_clusters(plan, keep))
         reason = f"has a width that is read elsewhere ({str(error).partition('. Its forward')[0]})"
-        twin = _twin(plan, keep, error, groups)
-        if twin is not None:
-            walk.graph.constrain("size", reason, np.stack([_first_nodes(walk, plan, g) for g in twin]))
-        for name in groups if twin is None else ():
-            walk.graph.freeze(_first_nodes(walk, plan, name), reason)
         if not groups:
             return plan
+        name, twins = _twins(plan, keep, error, groups)
+        twins = suspects[name] = suspects.get(name, twins) & twins
+        if len(twins) > 1:
+            continue  # another keep-set tells them apart
+        for twin in twins:
+            walk.graph.constrain("size", reason, np.stack([_first_nodes(walk, plan, g) for g in (name, twin)]))
+        for name in () if twins else groups:
+            walk.graph.freeze(_first_nodes(walk, plan, name), reason)
+        suspects.clear()
         plan = build_plan(model, walk)
     return plan
 
@@ -59,11 +64,11 @@ def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
     of = lattice(plan, "count")
     seen: dict[int, int] = {}
     chosen = of.levels.copy()
-    for c, choices in enumerate(of.allowed):
+    for c in np.random.default_rng(turn).permutation(len(of.allowed)).tolist():
+        choices, levels = of.allowed[c], int(of.levels[c])
         if len(choices) > 1:
-            turns = seen.setdefault(int(of.levels[c]), turn)
-            seen[int(of.levels[c])] += 1
-            chosen[c] = choices[len(choices) - 2 - turns % (len(choices) - 1)]
+            chosen[c] = choices[len(choices) - 2 - seen.get(levels, 0) % (len(choices) - 1)]
+            seen[levels] = seen.get(levels, 0) + 1
     stays = rank_units(of, np.random.default_rng(turn).random(plan.n_units), "independent").kept(chosen)
     return {g.name: np.flatnonzero(stays[plan.offsets[i] : plan.offsets[i + 1]]) for i, g in enumerate(plan.groups)}
 
@@ -100,16 +105,15 @@ def _shrunk_clusters(plan: Plan, keep: Mapping[str, np.ndarray]) -> list[list[st
     return list(clusters.values())
 
 
-def _twin(
-    plan: Plan, keep: Mapping[str, np.ndarray], error: GateError, groups: Sequence[str]
-) -> tuple[str, str] | None:
-    """Two groups of one size, of which the failing operation asked one for the other's kept count."""
+def _twins(plan: Plan, keep: Mapping[str, np.ndarray], error: GateError, groups: Sequence[str]) -> tuple[str, set[str]]:
+    """A group at which the walk failed, and those of its size whose kept count the operation asked for instead."""
     for name in groups:
         n, left = plan[name].n_units, len(keep[name])
-        twins = [g.name for g in plan.groups if g.n_units == n and left != len(keep[g.name]) in error.sizes]
-        if len(twins) == 1:
-            return name, twins[0]
-    return None
+        twins = {g.name for g in plan.groups if g.n_units == n and n > len(keep[g.name]) != left}
+        twins = {name for name in twins if len(keep[name]) in error.sizes}
+        if twins:
+            return name, twins
+    return groups[0], set()
 
 
 def _first_nodes(walk: Walk, plan: Plan, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -338,7 +339,10 @@ def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with warnings.catch_warnings():
+            # torch.compile'd submodules run uncompiled here, which is what we want
+            warnings.filterwarnings("ignore", message=".*global hooks.*")
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles:
@@ -353,7 +357,7 @@ def on_meta(model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.nd
     """
     stand_ins: dict[int, Tensor] = {}
     undo: list[tuple[dict[str, Any], str, Any]] = []
-    modes = [(m, m.training) for m in model.modules()]
+    attributes = [(m, _shallow(vars(m))) for m in [*model.modules(), *_plain_objects(model)]]
     try:
         for module in model.modules():
             module.training = False
@@ -370,8 +374,34 @@ def on_meta(model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.nd
     finally:
         for table, key, t in undo:
             table[key] = t
-        for m, training in modes:
-            m.training = training
+        for m, before in attributes:  # forwards cache tables in attributes: theirs are of meta now
+            _restore(vars(m), before)
+
+
+def _plain_objects(model: nn.Module) -> list[Any]:
+    """Objects of the model's own that aren't modules (a rotary embedder, say) and may cache tensors as well."""
+    held = {id(v): v for m in model.modules() for v in vars(m).values() if hasattr(v, "__dict__")}
+    return [v for v in held.values() if not isinstance(v, (nn.Module, Tensor, type)) and not callable(v)] + [
+        v for v in held.values() if callable(v) and not isinstance(v, (nn.Module, type)) and not hasattr(v, "__name__")
+    ]
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Every attribute with a copy of it where it is a list or dict."""
+    return {k: (v, v.copy() if type(v) in (list, dict) else None) for k, v in attributes.items()}
+
+
+def _restore(attributes: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
+    """Put back what a forward has set, in place where the attribute is a list or dict."""
+    for key in attributes.keys() - before.keys():
+        del attributes[key]
+    for key, (value, content) in before.items():
+        if isinstance(value, list) and content is not None:
+            value[:] = content
+        elif isinstance(value, dict) and content is not None:
+            value.clear()
+            value.update(content)
+        attributes[key] = value
 
 
 def _stand_in(t: Tensor, name: str, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None) -> Tensor:
