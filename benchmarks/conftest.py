@@ -8,13 +8,20 @@ from typing import Any
 
 import measured
 import pytest
+import torch
 
 ROWS: list[measured.Row] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default=str(Path(__file__).parent / "results"), help="folder of the tables")
+    parser.addoption("--threads", type=int, help="instead of PyTorch's own number")
     parser.addoption("--table", default="cpu", help="name of the tables")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if threads := config.getoption("--threads"):
+        torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,7 +49,7 @@ def timed(benchmark: Any) -> Callable[..., measured.Row]:
         benchmark.group = f"{operation} {shape}"
         benchmark.pedantic(work, setup=setup, rounds=rounds, iterations=1, warmup_rounds=1)
         median, p20, p80 = measured.percentiles(benchmark.stats.stats.data)
-        rate = n_bytes / median / 1e6 if n_bytes else None
+        rate = n_bytes / p20 / 1e6 if n_bytes else None
         row = measured.Row(operation, shape, provider, median, p20, p80, rate, read, copy, error, notes)
         ROWS.append(row)
         return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -27,8 +28,8 @@ class Row:
     median: float
     p20: float
     p80: float
-    rate: float | None = None  # bytes that must be read and written, over the median
-    read: float | None = None  # bandwidth of reading as many bytes, measured just before
+    rate: float | None = None  # bytes that must be read and written, over p20
+    read: float | None = None  # bandwidth of reading as many bytes, measured just before, over its p20
     copy: float | None = None
     error: float | None = None  # largest relative difference to float64, or 0 for exact equality
     notes: dict[str, Any] = field(default_factory=dict)
@@ -46,15 +47,15 @@ def seconds(work: Callable[[], Any], rounds: int = 5) -> list[float]:
 
 
 def bandwidth(n_bytes: int) -> tuple[float, float]:
-    """GB/s of reading and of copying (bytes read + bytes written) working sets of about ``n_bytes``; best of five.
+    """GB/s of reading and of copying (bytes read + bytes written) working sets of about ``n_bytes``, by p20.
 
     Reading: two arrays into sums, PyTorch's own kernel. Copying: into memory that is already there.
     """
     n = max(1 << 20, min(n_bytes, LARGEST)) // 8
     a, b = torch.ones(n), torch.ones(n)
-    read = min(seconds(lambda: (a.sum(), b.sum())))
-    copy = min(seconds(lambda: b.copy_(a)))
-    return 8 * n / read / 1e9, 8 * n / copy / 1e9
+    read = np.percentile(seconds(lambda: (a.sum(), b.sum()), 7), 20)
+    copy = np.percentile(seconds(lambda: b.copy_(a), 7), 20)
+    return float(8 * n / read / 1e9), float(8 * n / copy / 1e9)
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:
@@ -71,7 +72,7 @@ def machine() -> dict[str, Any]:
     versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
     return {
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": platform.machine(), "simd": cpu.simd(),
-        "threads": torch.get_num_threads(), **versions,
+        "threads": torch.get_num_threads(), "load": round(os.getloadavg()[1], 1), **versions,
     }  # fmt: skip
 
 

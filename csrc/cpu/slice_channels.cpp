@@ -196,11 +196,15 @@ struct Job {  // one tensor
 
   int64_t post() const { return entry.post * entry.element_size; }
 
-  // Dims that stay whole are merged into their neighbours, so that rows are as long as can be.
+  // Dims that stay whole are merged into their neighbours, so that rows are long.
   static SliceEntry simplify(SliceEntry e) {
     if (!e.keep_b) {
       e.post *= e.mid * e.b;
       e.mid = e.b = e.n_keep_b = 1;
+      if (e.keep_a && !e.scale && e.post * e.element_size < RUN_BYTES) {  // short rows: the sliced dim becomes the row
+        e.b = e.a, e.keep_b = e.keep_a, e.n_keep_b = e.n_keep_a;
+        e.a = e.n_keep_a = 1, e.keep_a = nullptr;
+      }
     }
     if (!e.keep_a && !e.scale) {
       e.pre *= e.a * e.mid;
