@@ -100,10 +100,11 @@ def test_sample_grids_place_image_i_in_row_i_div_columns():
     axes = sample_grids({"one": images, "two": -images}, columns=2).axes
     assert [a.get_title() for a in axes] == ["one", "two"]
     shown = axes[0].images[0].get_array()
-    assert shown.shape == (6, 6)
+    expected = np.zeros((9, 8))  # a pixel between the images, and blank where there is none
     for i in range(5):
         row, column = divmod(i, 2)
-        np.testing.assert_allclose(shown[2 * row : 2 * row + 2, 3 * column : 3 * column + 3], i / 4, atol=1e-6)
+        expected[3 * row : 3 * row + 2, 4 * column : 4 * column + 3] = i / 4
+    np.testing.assert_allclose(shown, expected, atol=1e-6)
 
 
 def test_sample_grids_refuse_what_cannot_be_compared_or_shown():

@@ -47,7 +47,7 @@ def sample_grids(grids: Mapping[str, Tensor], *, columns: int = 8) -> Figure:
     if channels not in (1, 3):
         raise ValueError(f"images have {channels} channels: decode latents to 1 or 3 channels first")
     rows = -(-n // columns)
-    figure = _figure(3.2 * len(grids), 3.2 * rows / columns + 0.35)
+    figure = _figure(3.2 * len(grids), 3.2 * rows / columns + 0.2)
     for axes, (title, images) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
         picture = _tile(images, columns)
         axes.imshow(picture[..., 0] if channels == 1 else picture, cmap="gray_r", vmin=0, vmax=1)
@@ -57,15 +57,20 @@ def sample_grids(grids: Mapping[str, Tensor], *, columns: int = 8) -> Figure:
 
 
 def _tile(images: Tensor, columns: int) -> np.ndarray:
-    """``(rows * height, columns * width, channels)`` in [0, 1]; missing images are left blank."""
+    """``(rows * (height + gap), columns * (width + gap), channels)`` in [0, 1]; gaps and missing images are blank."""
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
     n, height, width, channels = pixels.shape
-    rows = -(-n // columns)
+    rows, gap = -(-n // columns), gap_of(height)
     blank = 0.0 if channels == 1 else 1.0
-    padded = np.full((rows * columns, height, width, channels), blank, pixels.dtype)
-    padded[:n] = pixels
-    grid = padded.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(rows * height, columns * width, channels)
+    padded = np.full((rows * columns, height + gap, width + gap, channels), blank, pixels.dtype)
+    padded[:n, :height, :width] = pixels
+    grid = padded.reshape(rows, columns, height + gap, width + gap, channels).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * (height + gap), columns * (width + gap), channels)
+
+
+def gap_of(height: int) -> int:
+    """Blank pixels between the images of a grid."""
+    return max(1, height // 8)
 
 
 def loss_curve(curve: LossCurve) -> Figure:
