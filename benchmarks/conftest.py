@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 ROWS: list[measured.Row] = []
+TEXT = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,7 +78,14 @@ def record_stages() -> Callable[[str, str, dict[str, Any]], None]:
     return record
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.fixture(autouse=True)
+def tables(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Written after every benchmark, so that a run that is stopped leaves what it has."""
+    yield
     if ROWS:
-        directory = Path(session.config.getoption("--results"))
-        print("\n" + measured.write(ROWS, directory, session.config.getoption("--table")))
+        text = measured.write(ROWS, Path(request.config.getoption("--results")), request.config.getoption("--table"))
+        request.config.stash[TEXT] = text
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    print("\n" + session.config.stash.get(TEXT, "nothing was measured"))

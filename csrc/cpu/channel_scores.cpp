@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t MAX_COLS = 16384;        // the column accumulators of a block stay in the second-level cache
 constexpr int64_t MIN_BLOCK = 1 << 16;     // elements: below, handing a block out costs more than it is worth
 constexpr int64_t MAX_BLOCK = 1 << 20;     // above, nothing is gained and the last block is waited for
+constexpr int64_t PER_THREAD = 1 << 18;    // a thread takes as long to start as this many elements take one to read
 constexpr int64_t BLOCKS_PER_TENSOR = 16;  // so that a single layer keeps several threads busy
 
 struct Cut {  // of one entry
@@ -147,19 +148,21 @@ template <class Score>
 void channel_scores(const ScoreCall& call, Score* scores) {
   std::vector<Cut> cuts;
   cuts.reserve(call.n_entries);
-  int64_t items = 0, widest = 0;
+  int64_t items = 0, widest = 0, elements = 0;
   for (int64_t i = 0; i < call.n_entries; ++i) {
     cuts.emplace_back(call.entries[i]);
     cuts.back().first_item = items;
     items += cuts.back().n_items;
     widest = std::max(widest, cuts.back().tile_cols);
+    elements += cuts.back().entry.outer * cuts.back().cols * call.steps;
   }
   if (!items) return;
   std::unique_ptr<Sums[]> sums(new Sums[cuts.size()]);
   for (size_t i = 0; i < cuts.size(); ++i) sums[i].left = cuts[i].n_items;
   const std::vector<int64_t> starts = portions(cuts);
 
-  parallel(static_cast<int64_t>(starts.size()) - 1, call.threads, [&](int64_t portion) {
+  const auto threads = static_cast<int>(std::min<int64_t>(call.threads, 1 + elements / PER_THREAD));
+  parallel(static_cast<int64_t>(starts.size()) - 1, threads, [&](int64_t portion) {
     thread_local std::vector<double> scratch;
     scratch.resize(std::max<size_t>(scratch.size(), scratch_bytes(widest) / 8 + 8));
     void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
