@@ -47,7 +47,7 @@ def sample_grids(grids: Mapping[str, Tensor], *, columns: int = 8) -> Figure:
     if channels not in (1, 3):
         raise ValueError(f"images have {channels} channels: decode latents to 1 or 3 channels first")
     rows = -(-n // columns)
-    figure = _figure(3.2 * len(grids), 3.2 * rows / columns + 0.2)
+    figure = _figure(3.2 * len(grids), 3.2 * rows / columns + 0.3)
     for axes, (title, images) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
         picture = _tile(images, columns)
         axes.imshow(picture[..., 0] if channels == 1 else picture, cmap="gray_r", vmin=0, vmax=1)
