@@ -48,11 +48,12 @@ class RandomNet(nn.Module):
 
     def _add(self, kind: str, i: int, width: int, other: int, random: np.random.Generator) -> int:
         new = int(random.choice([8, 16, 24]))
+        kernel, bias = int(random.choice([1, 3])), bool(random.random() < 0.7)
         made: dict[str, tuple[nn.Module | None, int]] = {
-            "conv": (nn.Conv2d(width, new, int(random.choice([1, 3])), padding="same", bias=bool(random.random() < 0.7)), new),
+            "conv": (nn.Conv2d(width, new, kernel, padding="same", bias=bias), new),
             "cat": (None, width + other),
             "split": (None, width // 2),
-        }  # fmt: skip
+        }
         if kind == "norm":
             groups = [g for g in (1, 2, 4, 8) if width % g == 0]
             made["norm"] = nn.GroupNorm(int(random.choice(groups)), width), width
