@@ -13,11 +13,11 @@ extern "C" void run_kernel(const SliceEntry* entries, int64_t n_entries, const i
   uint32_t ticket = 0;
   std::vector<int> read(tiles), frontier(n_entries);
   std::vector<pthread_barrier_t> barriers(blocks);
-  std::vector<std::unique_ptr<Shared>> memory;
+  std::vector<std::unique_ptr<Shared>> memory(blocks);  // all of it there before a thread looks at any
+  for (auto& m : memory) m = std::make_unique<Shared>();
   std::vector<std::thread> threads;
   for (int64_t b = 0; b < blocks; ++b) {
     pthread_barrier_init(&barriers[b], nullptr, kThreads);
-    memory.push_back(std::make_unique<Shared>());
     for (int i = 0; i < kThreads; ++i)
       threads.emplace_back([&, b, i] {
         threadIdx.x = static_cast<uint32_t>(i);
