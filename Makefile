@@ -26,7 +26,7 @@ SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 
 .PHONY: help demo test sanitize lint format bench clean
 
 help:
-	@echo "make demo     prune a real model, compare it, write demo/report.html (about 5 minutes)"
+	@echo "make demo     prune a real model, compare it, write demo/report.html (about 6 minutes)"
 	@echo "make test     all tests"
 	@echo "make sanitize the C++ kernels, tested under ASan and UBSan"
 	@echo "make lint     ruff, mypy, clang-format: what a change has to pass"
