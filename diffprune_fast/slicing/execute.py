@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..tracing import Plan, Sliced
 from ..tracing.gate import alive_units
-from .shapes import owner_of, tables
+from .shapes import tables
 
 
 def slice_model(
@@ -38,8 +38,10 @@ def slice_model(
                 tensors.append(x)
                 slices.append(ops.Slice(keep, rows_scale))
     ops.slice_channels_(tensors, slices, backend=backend)
+    modules = dict(model.named_modules())
     for path, value in sliced.attributes.items():
-        setattr(*owner_of(model, path), value)
+        module, _, name = path.rpartition(".")
+        setattr(modules[module], name, value)
 
 
 def _row_scale(t: Tensor, keep: dict[int, Tensor], factors: list[tuple[np.ndarray, float]]) -> Tensor | None:

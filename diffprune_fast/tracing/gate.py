@@ -62,10 +62,11 @@ def sliced_shapes(model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray]) 
         shape[dim] = index.size
         shapes[name] = tuple(shape)
     before, after = plan.extents.at(plan.counts()), plan.extents.at(plan.counts(keep))
+    modules = dict(model.named_modules())
     attributes: dict[str, int | tuple[int, ...]] = {}
     for a in plan.attributes:
         if before[a.extent] != after[a.extent]:
-            old = getattr(model.get_submodule(a.module), a.name)
+            old = getattr(modules[a.module], a.name)
             new = int(after[a.extent])
             attributes[f"{a.module}.{a.name}".lstrip(".")] = (*old[:-1], new) if isinstance(old, tuple) else new
     return Sliced(dict(keep), kept, shapes, attributes)
@@ -136,7 +137,8 @@ class Gate(Graph):
 @contextmanager
 def _attributes_set(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator[None]:
     """The new attribute values for the time of a walk."""
-    owners = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in attributes]
+    modules = dict(model.named_modules())  # get_submodule walks the path anew for each of a thousand attributes
+    owners = [(modules[path.rpartition(".")[0]], path.rpartition(".")[2]) for path in attributes]
     old = [getattr(module, name) for module, name in owners]
     try:
         for (module, name), value in zip(owners, attributes.values()):
