@@ -28,7 +28,7 @@ import diffprune_fast as dpf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from models import CASES, Case
-from oracle import randomised
+from oracle import random_keep, randomised
 from oracle_zoo import EXACT, compare
 from zoo import ZOO
 
@@ -91,7 +91,7 @@ def _frozen_reasons(plan: dpf.Plan, row: Row) -> None:
             row.whole[reason_of(reason)] += int(np.prod(plan.shapes[name])) / max(dims, 1) / total
 
 
-def measure(case: Case, ratio: float, seeds: int) -> Row:
+def measure(case: Case, ratio: float, seeds: int, oracle: bool) -> Row:
     row = Row(case.name)
     try:
         torch.manual_seed(0)
@@ -108,10 +108,12 @@ def measure(case: Case, ratio: float, seeds: int) -> Row:
         _frozen_reasons(plan, row)
         if not plan.groups:
             raise AssertionError("no group can be pruned")
+        row.left = plan.params(random_keep(plan, ratio, 0, "count")) / plan.params()
         row.error = 0.0
-        for run in ("exact", "uneven", "count"):
+        by_heads = dpf.trace(model, case.example_inputs, units="heads")
+        for run in ("exact", "uneven", "count", "heads") if oracle else ():
             for seed in range(seeds):
-                error, row.left = compare(case, plan, ratio, seed, run)
+                error, _ = compare(case, by_heads if run == "heads" else plan, ratio, seed, run)
                 row.error = max(row.error, error) if not math.isnan(error) else math.inf
         if not row.exact:
             row.problem = f"not exact: {row.error:.1e}"
@@ -151,7 +153,8 @@ def document(rows: list[Row], ratio: float) -> str:
         "",
         f"{len(exact)} of {len(rows)} prune exactly: traced, a random keep-set removed at ratio {ratio:g} with "
         '`norm_groups="exact"` and `"count"`, and the outputs compared in float64 with those of the masked dense model '
-        f"(removed channels zeroed, norms over the kept channels): they agree to {EXACT:.0e} of their scale. "
+        f"(removed channels zeroed, norms over the kept channels): they agree to {EXACT:.0e} of their scale; and so "
+        'they do when whole heads go (`units="heads"`). The table is of `units="auto"`. '
         "*Prunable*: the share of the parameters that at least one group makes smaller. *Dims*: the same by channel "
         "dimensions (a weight of whose two only one can be pruned counts half). *Left*: the share of parameters that "
         'is left at that ratio (`"count"`).',
@@ -193,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="random keep-sets per case and mode")
     parser.add_argument("--tracebacks", action="store_true")
     parser.add_argument("--write", type=Path)
-    parser.add_argument("--check", type=Path)
+    parser.add_argument("--check", type=Path, help="compare with this file; the oracle doesn't run, the tests have it")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # deprecations inside diffusers are not what is measured here
     logging.disable(logging.WARNING)
@@ -201,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'':41} {'size':>6} {'grps':>4} {'prun.':>6} {'dims':>6} {'left':>6} {'trace':>7} {'error':>6}")
     for case in [*CASES, *ZOO]:
         if not args.names or any(n in case.name for n in args.names):
-            rows.append(measure(case, args.ratio, args.seeds))
+            rows.append(measure(case, args.ratio, args.seeds, oracle=not args.check))
             print(printed(rows[-1]), flush=True)
             if args.tracebacks and rows[-1].log:
                 print(rows[-1].log)

@@ -50,12 +50,13 @@ def info() -> None:
 def trace(
     model_dir: ModelDir,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan to this file.")] = None,  # noqa: UP045 (typer on Python 3.10)
+    units: Annotated[str, typer.Option(help="Of attentions: dims, heads, or auto.")] = "auto",
 ) -> None:
     """Print which channels of a model go together, and which stay and why."""
     with _errors_in_one_line():
         from .tracing import trace as trace_model
 
-        plan = trace_model(_load(model_dir, weights=False))
+        plan = trace_model(_load(model_dir, weights=False), units=units)
         if json_file is not None:
             json_file.write_text(plan.to_json(), encoding="utf-8")
         typer.echo(str(plan))
@@ -72,6 +73,7 @@ def prune(
     ranking: Annotated[Optional[str], typer.Option(help="local or global. Default: local for a ratio.")] = None,  # noqa: UP045
     estimator: Annotated[str, typer.Option(help="micro, mean, reference or reference-quad.")] = "micro",
     criterion: Annotated[str, typer.Option(help="diff-pruning, taylor, fisher, magnitude or random.")] = "diff-pruning",
+    units: Annotated[str, typer.Option(help="Of attentions: dims, heads, or auto.")] = "auto",
     norm_groups: Annotated[str, typer.Option(help="count or exact.")] = "count",
     round_to: Annotated[int, typer.Option(help="Widths become multiples of so many channels.")] = 8,
     rounding: Annotated[Optional[str], typer.Option(help="reference: the published code's counts.")] = None,  # noqa: UP045
@@ -103,6 +105,7 @@ def prune(
             ranking=ranking,
             estimator=estimator,
             criterion=criterion,
+            units=units,
             norm_groups=norm_groups,
             round_to=round_to,
             rounding=rounding,

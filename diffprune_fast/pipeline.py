@@ -26,6 +26,7 @@ def score_and_prune(
     ratio: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    units: str = "auto",
     norm_groups: str = "count",
     inplace: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
@@ -38,9 +39,10 @@ def score_and_prune(
 
     loader: images as the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also
     ``(images, labels)`` pairs or dicts with conditioning inputs. ratio, params, macs: the budget, one of them; nothing
-    is ``ratio=0.3``. ``inplace=False`` leaves the model alone and prunes a copy. ``plan``: what :func:`trace` gave, if
-    it is there already. Further options are those of :func:`score` (``scheduler``, ``estimator``, ``threshold``, …)
-    and of :func:`select` (``ranking``, ``round_to``, ``ignore``, …).
+    is ``ratio=0.3``. ``units``: whether dims or whole heads of attentions go, see :func:`trace`. ``inplace=False``
+    leaves the model alone and prunes a copy. ``plan``: what :func:`trace` gave, if it is there already. Further options
+    are those of :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select` (``ranking``,
+    ``round_to``, ``ignore``, …).
 
     The budget and the slicing are rehearsed before the scores are computed, and nothing of the model changes before
     everything is checked: if this raises, the model is as it was.
@@ -56,7 +58,7 @@ def score_and_prune(
     started = time.perf_counter()
 
     if plan is None:
-        plan = trace(model, example_inputs)
+        plan = trace(model, example_inputs, units=units)
     traced = time.perf_counter()
 
     rehearsal = select(plan, np.arange(plan.n_units) % 97 + 1.0, **budget, norm_groups=norm_groups, **selecting)

@@ -117,8 +117,9 @@ def compare(case: Case, plan: dpf.Plan, ratio: float, seed: int, run: str) -> tu
     """Prune a random keep-set: the error against the masked dense model, and the share of parameters left."""
     torch.manual_seed(0)
     model = randomised(case.make(), seed)
-    norm_groups = "count" if run == "uneven" else run
-    keep = uneven_keep(plan, ratio, seed) if run == "uneven" else random_keep(plan, ratio, seed, norm_groups)
+    norm_groups = "exact" if run == "exact" else "count"
+    uneven = run in ("uneven", "heads")
+    keep = uneven_keep(plan, ratio, seed) if uneven else random_keep(plan, ratio, seed, norm_groups)
     dense = masked_dense(model, plan, keep)
     with torch.no_grad(), Float64Throughout():
         unpruned = case.run(model)

@@ -25,11 +25,11 @@ def _case(case: Case) -> object:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # PyTorch, of hooks on all modules
-@pytest.mark.parametrize("run", ["exact", "uneven"])
+@pytest.mark.parametrize("run", ["exact", "uneven", "heads"])
 @pytest.mark.parametrize("case", [_case(c) for c in ZOO])
 def test_oracle_sliced_zoo_model_equals_masked_dense_model(case: Case, run: str) -> None:
     torch.manual_seed(0)
-    plan = dpf.trace(randomised(case.make()), case.example_inputs)
+    plan = dpf.trace(randomised(case.make()), case.example_inputs, units="heads" if run == "heads" else "auto")
     error, left = compare(case, plan, 0.3, 0, run)
     assert error <= EXACT, f"sliced and masked model differ by {error:.2e} of the output's scale"
     assert left < 0.95

@@ -80,6 +80,8 @@ def matrix_product(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[st
     lb = tuple([np.swapaxes(x, -1, -2) for x in lb])
     sa, sb = (*a.shape[:-1], 1, a.shape[-1]), (*b.shape[:-2], 1, b.shape[-1], b.shape[-2])
     weights = walk.name_of(a) is not None or walk.name_of(b) is not None
+    if not weights:
+        walk.attend(a, b)
     left, _ = contract(walk, func, la, sa, lb, sb, attention=not weights)
     if bias is not None:
         mine = aligned(_layers(walk, bias), out.dim())
@@ -231,6 +233,7 @@ def scaled_dot_product_attention(walk: Walk, func: Any, args: tuple[Any, ...], k
     out = shell((*q.shape[:-1], v.shape[-1]), q)
     if named.get("scale") is not None:
         walk.constant(func, (q, k, float(named["scale"])), {})
+    walk.attend(q, k, v)
     lq, lk, lv = _layers(walk, q), _layers(walk, k), _layers(walk, v)
     batch = tuple(q.shape[:-2])
     n_q, n_k = q.shape[-2], k.shape[-2]

@@ -121,6 +121,11 @@ class Gate(Graph):
         what = "norm groups" if "norm" in kind else "rows"
         raise GateError(f"after slicing, the {what} of {place} would hold other channels than before", rows.reshape(-1))
 
+    def goes_whole(self, rows: np.ndarray, n_heads: int, module: str) -> bool:
+        """The plan knows: a row's channels are one unit."""
+        units = self.unit_of[rows]
+        return bool((units >= 0).all() and (units == units[:, :1]).all())
+
     def compare(self) -> None:
         """All edges join channels of one unit (or channels that stay); all that is frozen stays."""
         for a, b, place in self.edges:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .heads import Heads
 
 Layer = np.ndarray
 Layers = tuple[Layer, ...]
@@ -52,12 +56,16 @@ class Recorded:
 
 @dataclass
 class Graph:
-    """What a walk collects: edges between channels, frozen channels with reasons, constraints."""
+    """What a walk collects: edges between channels, frozen channels with reasons, constraints.
+
+    heads: the attentions whose heads go as a whole (None: their dims count one by one).
+    """
 
     n_nodes: int
     edges: list[tuple[np.ndarray, np.ndarray, str]] = field(default_factory=list)
     frozen: list[tuple[np.ndarray, str]] = field(default_factory=list)
     constraints: list[Recorded] = field(default_factory=list)
+    heads: Heads | None = None
 
     def __post_init__(self) -> None:
         self._row_of = np.zeros(self.n_nodes, np.int32)
@@ -152,6 +160,20 @@ class Graph:
                 kept.append(layer)
         return tuple(kept)
 
+    def goes_whole(self, rows: np.ndarray, n_heads: int, module: str) -> bool:
+        """Whether all channels of a row, ``(n, channels)``, are removed together wherever the row is."""
+        return self.heads is not None and self.heads.split_in(module, n_heads, rows.shape[1])
+
+    def by_heads(self, layer: Layer, module: str, place: str) -> Layer | None:
+        """A layer that was just split into heads, as one over heads only; None where the dims count on their own."""
+        dims = varying(layer)
+        for i in range(len(dims) - 1, 0, -1):
+            n_dims = int(np.prod([layer.shape[d] for d in dims[i:]]))
+            if self.goes_whole(layer.reshape(-1, n_dims), layer.shape[dims[i - 1]], module):
+                self.tie(layer, dims[i:], place)
+                return layer[tuple([slice(0, 1) if d in dims[i:] else slice(None) for d in range(layer.ndim)])]
+        return None
+
     def moved(self, before: Layer, after: Layer | None, place: str) -> Layer | None:
         """Settle what a reshape did to a layer: split dims are constrained, interleaved ones are tied."""
         if after is None:
@@ -160,7 +182,7 @@ class Graph:
         sizes = [before.shape[d] for d in varying(before)]
         if sizes == [after.shape[d] for d in dims]:
             return after
-        if len(dims) <= len(sizes):
+        if 2 <= len(sizes) >= len(dims):
             self._merged(before, place)
         if len(dims) >= 2:
             if after.size > before.size and _repeats(after.reshape(after.shape[dims[0]], -1)):

@@ -26,7 +26,7 @@ def _move(walk: Walk, x: Tensor, out: Tensor, f: Callable[[np.ndarray], np.ndarr
     for layer in labels.layers:
         after = compress(f(np.broadcast_to(layer, shape)), layer.size)
         if place is not None and after is not None:
-            after = walk.graph.moved(layer, after, place)
+            after = walk.graph.moved(layer, walk.by_heads(layer, after, place), place)
         if after is not None:
             moved.append(after)
     walk.label(out, Labels(tuple(moved), labels.feeds))
@@ -44,17 +44,16 @@ def reshape(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @rule("transpose", "permute", "t", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "unsqueeze", "squeeze", "expand",
-      "select", "unbind", "repeat", "repeat_interleave", "tile", "roll", "flip", "broadcast_to", "unsqueeze_",
-      "squeeze_", "transpose_", "t_")  # fmt: skip
+      "select", "unbind", "slice", "narrow", "repeat", "repeat_interleave", "tile", "roll", "flip", "broadcast_to",
+      "unsqueeze_", "squeeze_", "transpose_", "t_")  # fmt: skip
 def move(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Ops that only move elements run on the labels as they are."""
     x = args[0]
     if walk.labels(x) is None:
         return walk.run(func, args, kwargs)
     name = func.overloadpacket.__name__
-    if name in ("select", "unbind"):
-        dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
-        walk.graph_freeze(x, [dim], f"is picked apart by position in {walk.place(func)}")
+    if name in ("select", "unbind", "slice", "narrow"):
+        _freeze_picked(walk, func, args, kwargs)
     if name in ("roll", "flip"):
         dims = dims_of(args[2] if name == "roll" and len(args) > 2 else args[1] if name == "flip" else None, x.dim())
         walk.graph_freeze(x, dims, f"is reordered in {walk.place(func)}")
@@ -89,7 +88,9 @@ def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
             parts = [layer] * len(out)
         else:
             parts = np.split(layer, stops, axis=dim)
-            if len({p.shape[dim] for p in parts}) > 1:
+            if varying(layer)[-1] != dim:
+                pass  # whole rows, which stay
+            elif len({p.shape[dim] for p in parts}) > 1:
                 walk.graph.freeze(layer, f"is split into unequal pieces in {walk.place(func)}")
             elif len(parts) > 1:
                 rows = np.stack([np.moveaxis(p, dim, -1) for p in parts]).reshape(-1, parts[0].shape[dim])
@@ -102,7 +103,21 @@ def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return out
 
 
-@rule_of_first("slice", "narrow", "index_select", "as_strided", "index")
+def _freeze_picked(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Channels that are picked by their position stay; whole rows of channels may be, as rows stay anyway."""
+    x = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
+    if func.overloadpacket.__name__ == "slice":
+        start, stop, step = (*args[2:], *(None, None, None))[:3]
+        if start in (None, 0) and (stop is None or stop >= x.shape[dim]) and step in (None, 1):
+            return
+    labels = walk.labels(x)
+    for layer in labels.layers if labels is not None else ():
+        if layer.shape[dim] > 1 and varying(layer)[-1] == dim:
+            walk.graph.freeze(layer, f"is picked apart by position in {walk.place(func)}")
+
+
+@rule_of_first("index_select", "as_strided", "index")
 def pick(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     """Positions chosen by constants: what was there must stay there."""
     x = args[0]

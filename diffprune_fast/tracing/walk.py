@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import contractions, movement, norms  # noqa: F401  (they fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
+from .heads import HEAD_ATTRIBUTES, Attended
 from .labels import Graph, Labels, Layer, Layers, varying
 from .rules import RULES, unknown
 
@@ -112,6 +113,7 @@ class Walk(TorchDispatchMode):
         self.costs: list[CostTerm] = []
         self.scales: list[ScaleTerm] = []
         self.attributes: dict[tuple[str, str], Layer] = {}
+        self.attended: list[Attended] = []
         self.constants: list[tuple[str, float]] = []
         self.constant_nodes: list[np.ndarray] = []
         self.modules = {id(m): n for n, m in model.named_modules()}
@@ -193,6 +195,37 @@ class Walk(TorchDispatchMode):
 
     def name_of(self, t: Tensor) -> str | None:
         return getattr(t, "_parameter_name", None)
+
+    def by_heads(self, before: Layer, after: Layer, place: str) -> Layer:
+        """A layer after a reshape; over heads only where it was split into heads that go as a whole."""
+        if len(varying(after)) <= len(varying(before)):
+            return after
+        module = self.stack[-1] if self.stack else ""
+        heads = self.graph.by_heads(after, module, place)
+        if heads is None:
+            return after
+        per_head = heads.reshape(-1, heads.shape[varying(heads)[-1]])[0]
+        while module and not self._heads_attribute(module, per_head):
+            module = module.rpartition(".")[0]
+        return heads
+
+    def _heads_attribute(self, module: str, heads: Layer) -> bool:
+        """Note the module's attributes that hold the number of heads; whether there are any."""
+        held = vars(self.by_name[module])
+        names = [a for a in HEAD_ATTRIBUTES if type(held.get(a)) is int and held[a] == heads.size]
+        for name in names:
+            self.attributes[module, name] = heads
+        return bool(names)
+
+    def attend(self, *operands: Tensor) -> None:
+        """Note what an attention product brings together: heads, dims, channels."""
+        module = self.stack[-1] if self.stack else ""
+        for t in operands:
+            labels = self.labels(t)
+            found = [Attended.of(module, x) for x in labels.layers] if labels is not None else []
+            self.attended += [a for a in found if a is not None]
+            if labels is None and t.dim() == 4:
+                self.attended.append(Attended(module, t.shape[1], t.shape[3], None))
 
     def feeds(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[str, bool], ...] | None:
         """A linear layer's output takes a factor through its weight's rows and its bias."""
