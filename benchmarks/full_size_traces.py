@@ -119,9 +119,8 @@ def document(rows: list[dict[str, Any]]) -> str:
         "# Plans of models of full size",
         "",
         "Written by `python benchmarks/full_size_traces.py --write benchmarks/results/full_size_traces.md`: one "
-        "thread, the model on `meta`, MACs of one forward with attention. *Peak* is the whole process's, with PyTorch and "
-        "diffusers; the second figure is what it had before tracing. "
-        f"PyTorch {torch.__version__}, diffusers {diffusers.__version__}.",
+        "thread, MACs of one forward with attention. *Peak* is the whole process's, with PyTorch and diffusers; the "
+        f"second figure is what it had before tracing. PyTorch {torch.__version__}, diffusers {diffusers.__version__}.",
         "",
         "| Model | Parameters | TMACs | Groups | Units | Seconds | CPU seconds | Peak, before tracing |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

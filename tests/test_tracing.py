@@ -13,6 +13,8 @@ from models import CASES, Case, GroupedCNN, PixelShuffler, ResidualCNN, Transfor
 from torch import Tensor, nn
 
 import diffprune_fast as dpf
+from diffprune_fast.tracing.labels import compress
+from diffprune_fast.tracing.movement import _reshaped
 
 X = (torch.empty(1, 3, 8, 8),)
 
@@ -271,3 +273,29 @@ def test_units_partition_every_place() -> None:
         name, _, dim = place.rpartition(":")
         assert len(indices) == len(set(indices))
         assert max(indices) < plan.shapes[name][int(dim)]
+
+
+RESHAPES = [
+    ((2, 6, 4), (2, 2, 3, 4)),
+    ((2, 12, 5), (2, 3, 20)),
+    ((1, 3, 1, 4), (3, 4, 1)),
+    ((6, 4), (2, 3, 2, 2)),
+    ((4,), (1, 4, 1)),
+    ((5, 1), (5,)),
+    ((2, 3, 4), (4, 3, 2)),
+    ((1, 1, 6), (6,)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), RESHAPES)
+def test_reshapes_of_a_layer_leave_out_the_dims_on_which_it_does_not_depend(before: Any, after: Any) -> None:
+    for mask in range(2 ** len(before)):
+        shape = [n if mask >> d & 1 else 1 for d, n in enumerate(before)]
+        layer = np.arange(1, int(np.prod(shape)) + 1, dtype=np.int32).reshape(shape)
+        if layer.size == 1:
+            continue
+        got = _reshaped(layer, before, after)
+        want = np.broadcast_to(layer, before).reshape(after)
+        assert got is not None
+        assert np.array_equal(np.broadcast_to(got, after), want)
+        assert got.size == compress(want, layer.size).size  # type: ignore[union-attr]

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .labels import Labels, Layers, compress, varying
+from .labels import Labels, Layer, Layers, compress, varying
 from .rules import dims_of, rule, rule_of_first, unknown
 
 if TYPE_CHECKING:
     from .walk import Walk
 
 
-def _move(walk: Walk, x: Tensor, out: Tensor, f: Callable[[np.ndarray], np.ndarray], place: str | None) -> Tensor:
-    """Do to the labels what the op did to the tensor. ``place``: set for reshapes, whose splits are constrained."""
-    labels = walk.labels(x)
-    if labels is None:
-        return out
-    shape = tuple(x.shape)
-    moved = []
-    for layer in labels.layers:
-        after = compress(f(np.broadcast_to(layer, shape)), layer.size)
-        if place is not None and after is not None:
-            after = walk.graph.moved(layer, walk.by_heads(layer, after, place), place)
-        if after is not None:
-            moved.append(after)
-    walk.label(out, Labels(tuple(moved), labels.feeds))
-    return out
+def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """The runs of dims that a reshape keeps apart: those of equal products, one after the other."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        k, m = min(i + 1, len(before)), j
+        while math.prod(before[i:k]) != math.prod(after[j:m]) and (k < len(before) or m < len(after)):
+            if m < len(after) and (math.prod(after[j:m]) < math.prod(before[i:k]) or k == len(before)):
+                m += 1
+            else:
+                k += 1
+        if k == len(before):
+            m = len(after)
+        yield slice(i, k), slice(j, m)
+        i, j = k, m
+
+
+def _reshaped(layer: Layer, before: Sequence[int], after: Sequence[int]) -> Layer | None:
+    """A layer after a reshape, without the dims on which it doesn't depend (tokens, pixels: most of the size)."""
+    small_before, small_after = list(before), list(after)
+    for mine, theirs in _blocks(before, after):
+        if all(n == 1 for n in layer.shape[mine]):
+            small_before[mine] = [1] * (mine.stop - mine.start)
+            small_after[theirs] = [1] * (theirs.stop - theirs.start)
+    return compress(np.broadcast_to(layer, small_before).reshape(small_after), layer.size)
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_as", "reshape_as")
@@ -39,8 +48,19 @@ def reshape(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     out = walk.run(func, args, kwargs)
     if out.numel() != x.numel():  # view(dtype)
         return unknown(walk, func, args, kwargs)
-    shape = tuple(out.shape)
-    return _move(walk, x, out, lambda a: a.reshape(shape), walk.place(func))
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    place = walk.place(func)
+    moved = []
+    for layer in labels.layers:
+        after = _reshaped(layer, x.shape, out.shape)
+        if after is not None:
+            after = walk.graph.moved(layer, walk.by_heads(layer, after, place), place)
+        if after is not None:
+            moved.append(after)
+    walk.label(out, Labels(tuple(moved), labels.feeds))
+    return out
 
 
 @rule("transpose", "permute", "t", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "unsqueeze", "squeeze", "expand",

@@ -414,7 +414,7 @@ def on_meta(model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.nd
 def _plain_objects(model: nn.Module) -> list[Any]:
     """Objects of the model's own that aren't modules (a rotary embedder, say) and may cache tensors as well."""
     held = {id(v): v for m in model.modules() for v in vars(m).values() if hasattr(v, "__dict__")}
-    ours = [v for v in held.values() if not isinstance(v, (nn.Module, Tensor, type))]
+    ours = [v for v in held.values() if not isinstance(v, (nn.Module, Tensor, type, dict))]  # dicts: hooks, configs
     return [v for v in ours if not (callable(v) and hasattr(v, "__name__"))]  # functions cache nothing of theirs
 
 
