@@ -390,7 +390,7 @@ def on_meta(model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.nd
     """
     stand_ins: dict[int, Tensor] = {}
     undo: list[tuple[dict[str, Any], str, Any]] = []
-    attributes = [(m, _shallow(vars(m))) for m in [*model.modules(), *_plain_objects(model)]]
+    attributes = [(vars(m), vars(m).copy(), _contents(vars(m))) for m in [*model.modules(), *_plain_objects(model)]]
     try:
         for module in model.modules():
             module.training = False
@@ -407,8 +407,8 @@ def on_meta(model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.nd
     finally:
         for table, key, t in undo:
             table[key] = t
-        for m, before in attributes:  # forwards cache tables in attributes: theirs are of meta now
-            _restore(vars(m), before)
+        for now, before, contents in attributes:  # forwards cache tables in attributes: theirs are of meta now
+            _restore(now, before, contents)
 
 
 def _plain_objects(model: nn.Module) -> list[Any]:
@@ -418,22 +418,19 @@ def _plain_objects(model: nn.Module) -> list[Any]:
     return [v for v in ours if not (callable(v) and hasattr(v, "__name__"))]  # functions cache nothing of theirs
 
 
-def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Every attribute with a copy of it where it is a list or dict."""
-    return {k: (v, v.copy() if type(v) in (list, dict) else None) for k, v in attributes.items()}
+def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the lists and dicts among the attributes."""
+    return {k: v.copy() for k, v in attributes.items() if type(v) in (list, dict)}
 
 
-def _restore(attributes: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
+def _restore(attributes: dict[str, Any], before: dict[str, Any], contents: dict[str, Any]) -> None:
     """Put back what a forward has set, in place where the attribute is a list or dict."""
     for key in attributes.keys() - before.keys():
         del attributes[key]
-    for key, (value, content) in before.items():
-        if isinstance(value, list) and content is not None:
-            value[:] = content
-        elif isinstance(value, dict) and content is not None:
-            value.clear()
-            value.update(content)
-        attributes[key] = value
+    attributes.update(before)
+    for key, content in contents.items():
+        before[key].clear()
+        (before[key].update if isinstance(content, dict) else before[key].extend)(content)
 
 
 def _stand_in(t: Tensor, name: str, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None) -> Tensor:
