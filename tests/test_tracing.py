@@ -299,3 +299,23 @@ def test_reshapes_of_a_layer_leave_out_the_dims_on_which_it_does_not_depend(befo
         assert got is not None
         assert np.array_equal(np.broadcast_to(got, after), want)
         assert got.size == compress(want, layer.size).size  # type: ignore[union-attr]
+
+
+class SizeFromAttribute(nn.Module):
+    """A forward that takes its width from a number which nobody can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out, self.width = nn.Linear(8, 12), nn.Linear(12, 5), 12
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner(x).view(x.shape[0], self.width))
+
+
+def test_widths_that_a_forward_reads_elsewhere_stay_and_the_reason_has_the_line() -> None:
+    plan = dpf.trace(SizeFromAttribute(), (torch.empty(3, 8),))
+    assert not plan.groups
+    reason = plan.frozen["inner.weight:0"]
+    assert "has a width that is read elsewhere" in reason
+    assert "test_tracing.py" in reason
+    assert "self.inner(x).view(x.shape[0], self.width)" in reason

@@ -12,7 +12,7 @@ from torch import nn
 
 from .labels import Graph
 from .plan import Plan
-from .walk import Calls, Nodes, Walk
+from .walk import Calls, Nodes, Walk, where_in
 
 
 class GateError(ValueError):
@@ -169,7 +169,7 @@ def pass_gate(model: nn.Module, plan: Plan, sliced: Sliced, norm_groups: str, ca
         except GateError:
             raise
         except Exception as error:
-            where = f" in {walk.stack[-1]!r}" if walk.stack and walk.stack[-1] else ""
+            where = where_in(walk, error)
             raise GateError(
                 f"the sliced {type(model).__name__} would not run: {error or type(error).__name__}{where}. Its forward "
                 "reads a size from elsewhere; keep the groups that it concerns whole (ignore=[...])",
