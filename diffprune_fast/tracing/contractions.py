@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .labels import Labels, Layer, Layers, varying
 from .rules import aligned, padded, rule, shell, unknown
+from .scales import fix, of_projection
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -63,7 +64,7 @@ def linear(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     left = add_bias(walk, func, left, out.shape, bias, -1)
     walk.attribute(w, "in_features", *[y for y in summed if varying(y) == (ndim - 1,)])
     walk.attribute(w, "out_features", *[y for y in left if varying(y) == (out.dim() - 1,)])
-    walk.label(out, Labels(left, walk.feeds(w, bias)))
+    walk.label(out, Labels(left, of_projection(walk, w, bias)))
     return out
 
 
@@ -192,7 +193,7 @@ def convolution(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             walk.attribute(w, "groups", cin)
     if cout is not None:
         walk.attribute(w, "out_channels", cout)
-    walk.label(out, Labels(layers, walk.feeds(w, bias) if not transposed else None))
+    walk.label(out, Labels(layers, of_projection(walk, w, bias) if not transposed else None))
     return out
 
 
@@ -246,7 +247,7 @@ def scaled_dot_product_attention(walk: Walk, func: Any, args: tuple[Any, ...], k
     value_dims = [x for x in lv if x.shape[-1] > 1]
     _head_rows(walk, place, q.shape[-1], v.shape[-1], head_dims, value_dims)
     if named.get("scale") is None and head_dims:
-        walk.scale_fix(place, q.shape[-1], head_dims[0], walk.labels(q), walk.labels(k))
+        fix(walk, place, q.shape[-1], head_dims[0], walk.labels(q))
     values = tuple([np.swapaxes(x, -1, -2) for x in lv])
     left, _ = contract(
         walk, func, _insert(scores, -2), (*batch, n_q, 1, n_k), _insert(values, -3), (*batch, 1, v.shape[-1], n_k), True

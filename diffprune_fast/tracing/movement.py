@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .labels import Labels, Layers, compress, varying
 from .rules import dims_of, rule, rule_of_first, unknown
+from .scales import together
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -148,7 +149,7 @@ def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for layer in joined:
         if len(varying(layer)) > 1:
             walk.graph.constrain("view", walk.place(func), np.moveaxis(layer, dim, -1).reshape(-1, layer.shape[dim]))
-    walk.label(out, Labels((*layers, *joined)))
+    walk.label(out, Labels((*layers, *joined), together(walk, tensors)))
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import contractions, movement, norms  # noqa: F401  (they fill RULES)
+from . import contractions, movement, norms, scales, statistics  # noqa: F401  (the first three fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from .labels import Graph, Labels, Layer, Layers, varying
 from .rules import RULES, unknown
@@ -94,14 +94,6 @@ class CostTerm:
     attention: bool
 
 
-@dataclass
-class ScaleTerm:
-    place: str
-    n_dims: int
-    first_row: np.ndarray
-    targets: tuple[tuple[str, np.ndarray], ...]
-
-
 class Walk(TorchDispatchMode):
     """The dispatch mode under which the model runs; rules call back into it."""
 
@@ -110,7 +102,9 @@ class Walk(TorchDispatchMode):
         self.nodes = nodes
         self.graph = graph
         self.costs: list[CostTerm] = []
-        self.scales: list[ScaleTerm] = []
+        self.scales: list[scales.ScaleTerm] = []
+        self.leaks: list[Labels] = []
+        self.statistics = 0
         self.attributes: dict[tuple[str, str], Layer] = {}
         self.constants: list[tuple[str, float]] = []
         self.constant_nodes: list[np.ndarray] = []
@@ -194,11 +188,6 @@ class Walk(TorchDispatchMode):
     def name_of(self, t: Tensor) -> str | None:
         return getattr(t, "_parameter_name", None)
 
-    def feeds(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[str, bool], ...] | None:
-        """A linear layer's output takes a factor through its weight's rows and its bias."""
-        names = [self.name_of(p) for p in (weight, bias) if p is not None]
-        return None if None in names else tuple([(n, False) for n in names if n is not None])
-
     def attribute(self, parameter: Tensor, name: str, *layers: Layer) -> None:
         """A module attribute that follows the size of a layer."""
         owner = self.name_of(parameter)
@@ -218,30 +207,17 @@ class Walk(TorchDispatchMode):
         elif self.stack and hasattr(self.by_name[self.stack[-1]], name):
             self.attributes[self.stack[-1], name] = layer.reshape(-1)
 
-    def scale_fix(self, place: str, n: int, layer: Layer, q: Labels | None, k: Labels | None) -> None:
-        """The softmax scale follows the head size: a factor must go into what feeds q, or the dims stay."""
-        targets = self._scale_targets(layer, q)
-        keys = np.concatenate([x.reshape(-1) for x in k.layers]) if k is not None else np.zeros(0, np.int32)
-        if targets is None or np.isin(layer, keys).any():
-            self.graph.freeze(layer, f"nothing that feeds q alone can take the softmax scale of {place}")
-            return
-        self.scales.append(ScaleTerm(place, n, layer.reshape(-1, layer.shape[-1])[0], targets))
-
-    def _scale_targets(self, layer: Layer, q: Labels | None) -> tuple[tuple[str, np.ndarray], ...] | None:
-        if q is None or not q.feeds:
-            return None
-        targets = []
-        weight = q.feeds[0][0]
-        rows = np.unique(layer) - self.nodes.start.get((weight, 0), 0)
-        for name, whole in q.feeds:
-            size = self.nodes.shapes[name][0]
-            if not whole and not (rows[0] >= 0 and rows[-1] < size):
-                return None
-            targets.append((name, np.arange(size) if whole else rows.astype(np.int64)))
-        return tuple(targets)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        statistic = statistics.follow(self, name, args, kwargs) if self.statistics else None
+        out = self._followed(func, args, kwargs)
+        if statistic is not None:
+            out._statistic = statistic
+        scales.note_leaks(self, name, args, kwargs, out)
+        return out
+
+    def _followed(self, func: Any, args: Any, kwargs: Any) -> Any:
         rule = RULES.get(func._schema.name)
         if rule is not None:
             return rule(self, func, args, kwargs)
@@ -281,9 +257,12 @@ class Walk(TorchDispatchMode):
                     out = f(*_inputs(args), **_inputs(kwargs))
                 self.stack.clear()
                 for t in _outputs(out, set()):
+                    if getattr(t, "_statistic", None) is not None:
+                        statistics.freeze(self, t._statistic)  # type: ignore[attr-defined]
                     labels = self.labels(t)
                     for layer in labels.layers if labels is not None else ():
                         self.graph.freeze(layer, "is an output of the model")
+        scales.settle(self)
 
 
 def _to_meta(tree: Any) -> Any:
