@@ -181,3 +181,20 @@ def test_head_dims_stay_where_the_queries_are_used_elsewhere() -> None:
 
     plan = assert_exact(lambda: Residual(F.silu))
     assert "softmax scale" in plan.frozen["q.weight:0"]
+
+
+def test_keys_of_grouped_queries_go_with_all_their_heads() -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Linear(5, 12), nn.Linear(32, 3)
+            self.q, self.k, self.v = nn.Linear(12, 32), nn.Linear(12, 16), nn.Linear(12, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            q, k, v = (p(h).unflatten(-1, (n, -1)).transpose(1, 2) for p, n in ((self.q, 4), (self.k, 2), (self.v, 2)))
+            return self.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+    plan = assert_exact(Grouped)
+    queries = next(m for m in plan["q"].members if m.place == "q.weight:0")
+    assert queries.index[0].tolist() == [0, 8], "two heads of queries for one of keys"

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .labels import Labels, Layer, Layers, varying
+from .movement import repeated
 from .rules import aligned, padded, rule, shell, unknown
 from .scales import fix, of_projection
 
@@ -225,6 +226,8 @@ def scaled_dot_product_attention(walk: Walk, func: Any, args: tuple[Any, ...], k
     named = {**dict(zip([a.name for a in func._schema.arguments], args)), **kwargs}
     q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
     place = walk.place(func)
+    if named.get("enable_gqa") and k.dim() > 2 and q.shape[-3] != k.shape[-3]:
+        k, v = (repeated(walk, t, q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         return unknown(walk, func, args, kwargs)
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:

@@ -78,6 +78,11 @@ def move(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return out
 
 
+def repeated(walk: Walk, x: Tensor, times: int, dim: int) -> Tensor:
+    """Every entry of a dim several times over, as grouped-query attention has its keys and values."""
+    return move(walk, torch.ops.aten.repeat_interleave.self_int, (x, times, dim), {})
+
+
 @rule_of_first("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     """Pieces of a labelled dim: all equal, so that they stay equal, or else the dim stays whole."""
@@ -103,12 +108,12 @@ def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return out
 
 
-@rule_of_first("slice", "narrow", "index_select", "as_strided", "index")
+@rule_of_first("slice", "narrow", "index_select", "as_strided")
 def pick(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     """Positions chosen by constants: what was there must stay there."""
     x = args[0]
     name = func.overloadpacket.__name__
-    if name in ("as_strided", "index"):
+    if name == "as_strided":
         return unknown(walk, func, args, kwargs)
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
     if out.shape[dim] != x.shape[dim] or name == "index_select":
@@ -116,6 +121,28 @@ def pick(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
     kept = tuple([layer for layer in labels.layers if layer.shape[dim] == 1 or out.shape == x.shape])
     walk.label(out, Labels(kept, labels.feeds))
     return out
+
+
+@rule("index")
+def index(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Entries by ids: the channels along every other dim are what they were."""
+    x, ids = args
+    ids = [i for a in ids for i in (a.nonzero(as_tuple=True) if _is_mask(a) else (a,))]
+    out = walk.run(func, (x, ids), kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    picked = [d for d, i in enumerate(ids) if i is not None]
+    walk.graph_freeze(x, picked, f"is picked apart by position in {walk.place(func)}")
+    first = [None if i is None else torch.zeros((1,) * i.dim(), dtype=torch.long) for i in ids]
+    kept = [y for y in labels.layers if not any(y.shape[d] > 1 for d in picked)]
+    moved = [torch.ops.aten.index(torch.from_numpy(np.array(y)), first).numpy() for y in kept]
+    walk.label(out, Labels(tuple(moved), labels.feeds))
+    return out
+
+
+def _is_mask(ids: Tensor | None) -> bool:
+    return ids is not None and ids.dtype == torch.bool and ids.device.type != "meta"
 
 
 @rule("cat", "concat", "concatenate")

@@ -91,7 +91,7 @@ def unary(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     x = args[0]
     if any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):  # clamp between tensors, for one
         return elementwise(walk, func, args, kwargs)
-    hot = func in (torch.ops.aten.silu.default, torch.ops.aten.gelu.default)
+    hot = func in (torch.ops.aten.silu.default, torch.ops.aten.gelu.default) and x.is_meta
     out = shell(x.shape, x) if hot else walk.run(func, args, kwargs)
     labels = walk.labels(x)
     if func.overloadpacket.__name__ not in ("fill_", "zero_"):
@@ -113,7 +113,7 @@ def elementwise(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     inplace = func._schema.is_mutable
     name = func.overloadpacket.__name__
     plain = name in ("add", "sub", "mul", "div") and all(t.dtype == first.dtype for t in tensors)
-    if plain and all(t.shape == first.shape for t in tensors):
+    if plain and all(t.shape == first.shape for t in tensors) and any(t.is_meta for t in tensors):
         out = shell(first.shape, first)
     else:
         out = walk.run(func, args, kwargs)

@@ -309,6 +309,18 @@ def _outputs(tree: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _outputs(x, seen)
 
 
+def _autocast_but_meta(init: Callable[..., None]) -> Callable[..., None]:
+    """Forwards ask for the autocast of a tensor's device, which meta doesn't have; labels have no dtype to cast."""
+
+    def run(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        if device_type == "meta":
+            init(self, "cpu", enabled=False)
+        else:
+            init(self, device_type, *args, **kwargs)
+
+    return run
+
+
 @contextmanager
 def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     handles = [
@@ -317,12 +329,15 @@ def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     ]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    autocast = torch.autocast.__init__
+    torch.autocast.__init__ = _autocast_but_meta(autocast)  # type: ignore[method-assign]
     try:
         with warnings.catch_warnings():
             # torch.compile'd submodules run uncompiled here, which is what we want
             warnings.filterwarnings("ignore", message=".*global hooks.*")
             yield
     finally:
+        torch.autocast.__init__ = autocast  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles:
             h.remove()
