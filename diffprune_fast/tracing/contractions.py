@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from .constants import is_diagonal
 from .labels import Labels, Layer, Layers, varying
 from .movement import repeated
 from .rules import aligned, padded, rule, shell, unknown
@@ -135,6 +136,8 @@ def _grouped(
     walk: Walk, func: Any, x: Layer | None, w: Tensor, groups: int, transposed: bool
 ) -> tuple[Layer | None, Layer | None, bool]:
     """Join a convolution's input; the labels of its input and output channels, and whether it is depthwise."""
+    if is_diagonal(w) and groups == 1:
+        return x, x, False
     rows, cols = _weight_dims(walk, w)
     place = walk.place(func)
     n0, n1 = w.shape[0], w.shape[1]
@@ -186,7 +189,7 @@ def convolution(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     pixels = int(np.prod(x.shape[-n_spatial:] if transposed else out.shape[-n_spatial:], dtype=np.int64))
     batch = out.shape[0] if axis else 1
     macs = batch * pixels * w.numel()
-    rows, cols = _weight_dims(walk, w)
+    rows, cols = (cin, cout) if is_diagonal(w) else _weight_dims(walk, w)
     walk.cost(func, macs, tuple([y for y in (rows, cols) if y is not None]))
     if cin is not None:
         walk.attribute(w, "in_channels", cin)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .constants import spread
 from .labels import Labels, Layers, compress, varying
 from .rules import dims_of, rule, rule_of_first, unknown
 from .scales import together
@@ -153,7 +154,7 @@ def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     dim = (kwargs.get("dim", args[1] if len(args) > 1 else 0)) % out.dim()
     labels = [walk.labels(t) for t in tensors]
     layers: Layers = ()
-    shape: tuple[int, ...] = tuple(1 if d == dim else n for d, n in enumerate(tensors[0].shape))
+    shape: tuple[int, ...] = (1,) * out.dim()
     along: dict[tuple[int, ...], list[np.ndarray | None]] = {}
     for i, lab in enumerate(labels):
         mine = lab.layers if lab is not None else ()
@@ -162,10 +163,9 @@ def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 others = tuple(n if d != dim else -1 for d, n in enumerate(x.shape))
                 along.setdefault(others, [None] * len(tensors))[i] = x
         rest = tuple([x for x in mine if x.shape[dim] == 1])
-        if i == 0:
-            layers = rest
-        elif layers or rest:
-            layers = walk.graph.meet(layers, shape, rest, shape, walk.place(func))
+        other = tuple([1 if d == dim else n for d, n in enumerate(spread(walk, tensors[i]))])
+        layers = walk.graph.meet(layers, shape, rest, other, walk.place(func)) if layers or rest else ()
+        shape = tuple([max(a, b) for a, b in zip(shape, other)])
     joined = []
     for others, parts in along.items():
         full = [

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .constants import is_diagonal, spread
 from .labels import Labels, Layers
 from .scales import of_elementwise
 from .statistics import Statistic, power_of, raised
@@ -123,7 +124,7 @@ def elementwise(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     for t in tensors:
         labels = walk.labels(t)
         mine = aligned(labels.layers, ndim) if labels is not None else ()
-        other = padded(t.shape, ndim)
+        other = padded(spread(walk, t), ndim)
         layers = walk.graph.meet(layers, shape, mine, other, walk.place(func)) if (layers or mine) else ()
         shape = tuple([max(a, b) for a, b in zip(shape, other)])
     found = Labels(layers, of_elementwise(walk, name, args), raised(walk, name, args))
@@ -217,6 +218,22 @@ def embedding(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
             walk.attribute(weight, "embedding_dim", kept[-1])
     walk.label(out, Labels(tuple(kept)))
     return out
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
+def made_like(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of the operand, only dtype and device count."""
+    return walk.run(func, args, kwargs)
+
+
+@rule("index_put_")
+def index_put(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not is_diagonal(args[0]):
+        return unknown(walk, func, args, kwargs)
+    labels = walk.labels(args[2])
+    for layer in labels.layers if labels is not None else ():
+        walk.graph.freeze(layer, f"is a kernel position of {walk.place(func)}")
+    return walk.run(func, args, kwargs)
 
 
 def unknown(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

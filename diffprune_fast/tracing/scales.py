@@ -98,9 +98,8 @@ def fix(walk: Walk, place: str, n: int, layer: Layer, q: Labels | None) -> None:
     walk.scales.append(ScaleTerm(place, n, layer, _rows(walk, q)))
 
 
-def note_leaks(walk: Walk, name: str, args: Any, kwargs: Any, out: Any) -> None:
+def note_leaks(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: Any, out: Any) -> None:
     """Remember the operands whose feeds don't go on into the output."""
-    tensors = list(walk.tensors((args, kwargs)))
     if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
         tensors = tensors[1:]  # the queries, whose factor is the point
     feeding = [x for x in map(walk.labels, tensors) if x is not None and x.feeds is not None]

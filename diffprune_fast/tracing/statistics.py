@@ -6,6 +6,7 @@ channels is what the norm means. Such a mean is followed to where it is used; us
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,8 @@ def raised(walk: Walk, name: str, args: Any) -> tuple[Labels, float] | None:
     return None
 
 
-def follow(walk: Walk, name: str, args: Any, kwargs: Any) -> Statistic | None:
+def follow(walk: Walk, name: str, args: Any, tensors: Sequence[Tensor]) -> Statistic | None:
     """Look at an op's operands before it runs; what its output is, where that is still a statistic."""
-    tensors = list(walk.tensors((args, kwargs)))
     found = [t._statistic for t in tensors if getattr(t, "_statistic", None) is not None]  # type: ignore[attr-defined]
     if not found:
         return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import contractions, movement, norms, scales, statistics  # noqa: F401  (the first three fill RULES)
+from . import constants, contractions, movement, norms, scales, statistics  # noqa: F401  (they fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from .labels import Graph, Labels, Layer, Layers, varying
 from .rules import RULES, unknown
@@ -210,11 +210,15 @@ class Walk(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        statistic = statistics.follow(self, name, args, kwargs) if self.statistics else None
+        tensors = list(self.tensors((args, kwargs)))
+        statistic = statistics.follow(self, name, args, tensors) if self.statistics else None
+        made = constants.follow(name, args, tensors, func._schema.is_mutable)
         out = self._followed(func, args, kwargs)
+        if made is not None:
+            out._made = made
         if statistic is not None:
             out._statistic = statistic
-        scales.note_leaks(self, name, args, kwargs, out)
+        scales.note_leaks(self, name, tensors, kwargs, out)
         return out
 
     def _followed(self, func: Any, args: Any, kwargs: Any) -> Any:
