@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import diffprune_fast as dpf
+from diffprune_fast.selection.constraints import lattice
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from models import CASES, Case
@@ -55,14 +56,23 @@ class Row:
         return not self.problem and self.error <= EXACT
 
 
+HELD = "equal counts in every row (head) let no unit go"
+
+
+def members(plan: dpf.Plan) -> list[dpf.tracing.Member]:
+    """The places of all groups that constraints let any unit go from."""
+    of = lattice(plan, "count")
+    return [m for g, c in zip(plan.groups, of.cluster.tolist()) if len(of.allowed[c]) > 1 for m in g.members]
+
+
 def prunable(plan: dpf.Plan) -> set[str]:
     """Parameters that at least one group's removal makes smaller."""
-    return {m.parameter for g in plan.groups for m in g.members} - plan.buffers
+    return {m.parameter for m in members(plan)} - plan.buffers
 
 
 def prunable_dims(plan: dpf.Plan) -> float:
     """The share of the parameters' two channel dims that can be made smaller (a weight with one of two counts half)."""
-    places = {(m.parameter, m.dim) for g in plan.groups for m in g.members}
+    places = {(m.parameter, m.dim) for m in members(plan)}
     total = some = 0.0
     for name, shape in plan.shapes.items():
         dims = [d for d in range(min(len(shape), 2)) if shape[d] > 1]
@@ -81,7 +91,8 @@ def _frozen_reasons(plan: dpf.Plan, row: Row) -> None:
     """By parameters, for tensors that stay whole; by places, for all."""
     small = prunable(plan)
     total = plan.params()
-    for place, reason in plan.frozen.items():
+    held = {m.place for g in plan.groups for m in g.members} - {m.place for m in members(plan)}
+    for place, reason in [*plan.frozen.items(), *[(place, HELD) for place in sorted(held)]]:
         name = place.rpartition(":")[0]
         if name in plan.buffers:
             continue

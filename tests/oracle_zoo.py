@@ -24,18 +24,18 @@ EXACT = 1e-9  # of the output's scale, in float64; what rounding leaves is 1e-16
 
 
 class Float64Throughout(TorchFunctionMode):
-    """A cast of float64 to float32 does nothing, so that classes which compute norms in float32 compare to 1e-9 too."""
+    """Casts to float32 are to float64, so that classes which compute norms in float32 compare to 1e-9 too."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             if func is Tensor.float:
-                return args[0]
+                return args[0].double()
             if func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values()):
                 args = tuple([torch.float64 if a is torch.float32 else a for a in args])
                 kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
             if func is Tensor.type and torch.float32 in args[1:]:
-                return args[0]
+                return args[0].double()
         return func(*args, **kwargs)
 
 

@@ -117,6 +117,33 @@ class Caches(TwoConvs):
         return super().forward(x) * self.table
 
 
+class Angles:
+    """Tables on an object that is no module, as rotary embeddings keep them."""
+
+    table: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(8.0) * 0.5
+        return self.table
+
+
+def test_tables_that_an_earlier_forward_cached_use_the_same_numbers() -> None:
+    class Rotary(TwoConvs):
+        def __init__(self) -> None:
+            super().__init__()
+            self.angles = Angles()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.angles()) * 3
+
+    model = Rotary()
+    plan = dpf.trace(model, X)
+    model(torch.randn(1, 3, 8, 8))
+    dpf.prune(model, plan, {"conv1": np.arange(5)}, example_inputs=X)
+    assert model.conv2.in_channels == 5
+
+
 def test_tables_that_a_forward_caches_are_not_left_on_meta() -> None:
     model = Caches()
     plan = dpf.trace(model, X)
@@ -168,6 +195,33 @@ def test_what_cannot_be_followed_freezes(name: str) -> None:
 def test_op_without_a_rule_is_named() -> None:
     plan = dpf.trace(TwoConvs(lambda h: h + torch.cdist(h, h).mean()), X)
     assert "no rule for aten.cdist" in plan.frozen["conv1.weight:0"] or "cdist" in plan.frozen["conv1.weight:0"]
+
+
+def test_reading_a_number_from_ids_is_followed() -> None:
+    class Positions(TwoConvs):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+            longer = (ids + ids).max().item() > 3
+            return super().forward(x * 2 if longer else x)
+
+    assert dpf.trace(Positions(), (*X, torch.arange(3))).constants == (("model (mul)", 2.0),)
+    assert dpf.trace(Positions(), (*X, torch.arange(2))).constants == ()
+
+
+def test_autocast_of_an_activations_device_is_followed() -> None:
+    def between(h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, torch.float32):
+            return h * 2
+
+    init = torch.autocast.__init__
+    assert "conv1" in [g.name for g in dpf.trace(TwoConvs(between), X).groups]
+    assert torch.autocast.__init__ is init
+
+
+def test_ids_along_other_dims_leave_channels_free() -> None:
+    ids, mask = torch.tensor([[3, 0], [1, 1]]), torch.arange(8) % 2 == 0
+    for between in (lambda h: h[:, :, ids, 0], lambda h: h[:, :, mask], lambda h: h[:, :, ids.to(h.device)].mean(3)):
+        assert members(dpf.trace(TwoConvs(between), X), "conv1") == {"conv1.weight:0", "conv1.bias:0", "conv2.weight:1"}
+    assert dpf.trace(TwoConvs(lambda h: h[:, torch.arange(12)]), X).groups == ()
 
 
 def test_reading_a_number_from_an_activation_is_refused() -> None:

@@ -57,12 +57,13 @@ def trace(
     walk = _walked(model, nodes, calls)
     plan = build_plan(model, walk)
     heads = heads_to_take_whole(walk.attended, units_of_nodes(plan, nodes), units)
-    if heads is not None:
-        again = _walked(model, nodes, calls, heads)
-        by_heads = build_plan(model, again)
-        if units == "heads" or reach(by_heads) > reach(plan):
-            walk, plan = again, by_heads
-    return probed(model, walk, plan, calls)
+    if heads is None:
+        return probed(model, walk, plan, calls)
+    again = _walked(model, nodes, calls, heads)
+    by_heads = probed(model, again, build_plan(model, again), calls)
+    if units == "heads" or reach(by_heads) >= reach(plan):
+        return by_heads
+    return max(probed(model, walk, plan, calls), by_heads, key=reach)
 
 
 def _walked(model: nn.Module, nodes: Nodes, calls: Calls, heads: Heads | None = None) -> Walk:

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from .constants import is_diagonal
 from .labels import Labels, Layer, Layers, varying
+from .movement import repeated
 from .rules import aligned, padded, rule, shell, unknown
+from .scales import fix, of_projection
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -63,7 +66,7 @@ def linear(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     left = add_bias(walk, func, left, out.shape, bias, -1)
     walk.attribute(w, "in_features", *[y for y in summed if varying(y) == (ndim - 1,)])
     walk.attribute(w, "out_features", *[y for y in left if varying(y) == (out.dim() - 1,)])
-    walk.label(out, Labels(left, walk.feeds(w, bias)))
+    walk.label(out, Labels(left, of_projection(walk, w, bias)))
     return out
 
 
@@ -135,6 +138,8 @@ def _grouped(
     walk: Walk, func: Any, x: Layer | None, w: Tensor, groups: int, transposed: bool
 ) -> tuple[Layer | None, Layer | None, bool]:
     """Join a convolution's input; the labels of its input and output channels, and whether it is depthwise."""
+    if is_diagonal(w) and groups == 1:
+        return x, x, False
     rows, cols = _weight_dims(walk, w)
     place = walk.place(func)
     n0, n1 = w.shape[0], w.shape[1]
@@ -186,7 +191,7 @@ def convolution(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     pixels = int(np.prod(x.shape[-n_spatial:] if transposed else out.shape[-n_spatial:], dtype=np.int64))
     batch = out.shape[0] if axis else 1
     macs = batch * pixels * w.numel()
-    rows, cols = _weight_dims(walk, w)
+    rows, cols = (cin, cout) if is_diagonal(w) else _weight_dims(walk, w)
     walk.cost(func, macs, tuple([y for y in (rows, cols) if y is not None]))
     if cin is not None:
         walk.attribute(w, "in_channels", cin)
@@ -194,7 +199,7 @@ def convolution(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             walk.attribute(w, "groups", cin)
     if cout is not None:
         walk.attribute(w, "out_channels", cout)
-    walk.label(out, Labels(layers, walk.feeds(w, bias) if not transposed else None))
+    walk.label(out, Labels(layers, of_projection(walk, w, bias) if not transposed else None))
     return out
 
 
@@ -226,6 +231,8 @@ def scaled_dot_product_attention(walk: Walk, func: Any, args: tuple[Any, ...], k
     named = {**dict(zip([a.name for a in func._schema.arguments], args)), **kwargs}
     q, k, v, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
     place = walk.place(func)
+    if named.get("enable_gqa") and k.dim() > 2 and q.shape[-3] != k.shape[-3]:
+        k, v = (repeated(walk, t, q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
         return unknown(walk, func, args, kwargs)
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
@@ -249,7 +256,7 @@ def scaled_dot_product_attention(walk: Walk, func: Any, args: tuple[Any, ...], k
     value_dims = [x for x in lv if x.shape[-1] > 1]
     _head_rows(walk, place, q.shape[-1], v.shape[-1], head_dims, value_dims)
     if named.get("scale") is None and head_dims:
-        walk.scale_fix(place, q.shape[-1], head_dims[0], walk.labels(q), walk.labels(k))
+        fix(walk, place, q.shape[-1], head_dims[0], walk.labels(q))
     values = tuple([np.swapaxes(x, -1, -2) for x in lv])
     left, _ = contract(
         walk, func, _insert(scores, -2), (*batch, n_q, 1, n_k), _insert(values, -3), (*batch, 1, v.shape[-1], n_k), True

@@ -147,14 +147,22 @@ def _constraints(graph: Graph, unit_of: np.ndarray, offsets: np.ndarray) -> tupl
 
 
 def _scale_fixes(walk: Walk, unit_of: np.ndarray) -> tuple[ScaleFix, ...]:
-    """One per set of parameters: queries that serve two attentions (text and image) take their factor once."""
-    fixes: dict[tuple[object, ...], ScaleFix] = {}
+    """Every row takes its factor once, also where queries serve two attentions (text and image)."""
+    fixes = []
+    taken: dict[str, np.ndarray] = {}
     for s in walk.scales:
         units = unit_of[s.first_row]
         if (units >= 0).any():
-            key = (s.n_dims, *[(name, rows.tobytes()) for name, rows in s.targets])
-            fixes.setdefault(key, ScaleFix(s.place, s.n_dims, units, s.targets))
-    return tuple(fixes.values())
+            targets = []
+            for name, rows in s.targets.items():
+                done = taken.setdefault(name, np.zeros(walk.nodes.shapes[name][0], bool))
+                rows = rows[~done[rows]]
+                done[rows] = True
+                if rows.size:
+                    targets.append((name, rows))
+            if targets:
+                fixes.append(ScaleFix(s.place, s.n_dims, units, tuple(targets)))
+    return tuple(fixes)
 
 
 def _frozen(

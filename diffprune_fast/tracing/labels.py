@@ -21,12 +21,24 @@ Layers = tuple[Layer, ...]
 Shape = Sequence[int]
 
 
+@dataclass(frozen=True)
+class Feed:
+    """A parameter. rows: which of dim 0; None: those whose channels the tensor's labels name."""
+
+    name: str
+    rows: np.ndarray | None
+
+
 @dataclass
 class Labels:
-    """layers: see above. feeds: parameters whose common factor is a factor of this tensor, or None (unknown)."""
+    """layers: see above. feeds: parameters whose common factor is a factor of this tensor, or None (unknown).
+
+    power: the labels of another tensor, and which power of it this one is (None: it is no other's).
+    """
 
     layers: Layers
-    feeds: tuple[tuple[str, bool], ...] | None = None
+    feeds: tuple[Feed, ...] | None = None
+    power: tuple[Labels, float] | None = None
 
 
 def varying(layer: Layer) -> tuple[int, ...]:

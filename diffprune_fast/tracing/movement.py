@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from .constants import spread
 from .labels import Labels, Layer, Layers, compress, varying
 from .rules import dims_of, rule, rule_of_first, unknown
+from .scales import together
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -96,6 +99,11 @@ def move(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return out
 
 
+def repeated(walk: Walk, x: Tensor, times: int, dim: int) -> Tensor:
+    """Every entry of a dim several times over, as grouped-query attention has its keys and values."""
+    return move(walk, torch.ops.aten.repeat_interleave.self_int, (x, times, dim), {})
+
+
 @rule_of_first("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 def split(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     """Pieces of a labelled dim: all equal, so that they stay equal, or else the dim stays whole."""
@@ -137,19 +145,36 @@ def _freeze_picked(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[st
             walk.graph.freeze(layer, f"is picked apart by position in {walk.place(func)}")
 
 
-@rule_of_first("index_select", "as_strided", "index")
-def pick(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
+@rule_of_first("index_select")
+def index_select(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
     """Positions chosen by constants: what was there must stay there."""
     x = args[0]
-    name = func.overloadpacket.__name__
-    if name in ("as_strided", "index"):
-        return unknown(walk, func, args, kwargs)
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
-    if out.shape[dim] != x.shape[dim] or name == "index_select":
-        walk.graph_freeze(x, [dim], f"is picked apart by position in {walk.place(func)}")
-    kept = tuple([layer for layer in labels.layers if layer.shape[dim] == 1 or out.shape == x.shape])
-    walk.label(out, Labels(kept, labels.feeds))
+    walk.graph_freeze(x, [dim], f"is picked apart by position in {walk.place(func)}")
+    walk.label(out, Labels(tuple([y for y in labels.layers if y.shape[dim] == 1]), labels.feeds))
     return out
+
+
+@rule("index")
+def index(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Entries by ids: the channels along every other dim are what they were."""
+    x, ids = args
+    ids = [i for a in ids for i in (a.nonzero(as_tuple=True) if _is_mask(a) else (a,))]
+    out = walk.run(func, (x, ids), kwargs)
+    labels = walk.labels(x)
+    if labels is None:
+        return out
+    picked = [d for d, i in enumerate(ids) if i is not None]
+    walk.graph_freeze(x, picked, f"is picked apart by position in {walk.place(func)}")
+    first = [None if i is None else torch.zeros((1,) * i.dim(), dtype=torch.long) for i in ids]
+    kept = [y for y in labels.layers if not any(y.shape[d] > 1 for d in picked)]
+    moved = [torch.ops.aten.index(torch.from_numpy(np.array(y)), first).numpy() for y in kept]
+    walk.label(out, Labels(tuple(moved), labels.feeds))
+    return out
+
+
+def _is_mask(ids: Tensor | None) -> bool:
+    return ids is not None and ids.dtype == torch.bool and ids.device.type != "meta"
 
 
 @rule("cat", "concat", "concatenate")
@@ -160,7 +185,7 @@ def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     dim = (kwargs.get("dim", args[1] if len(args) > 1 else 0)) % out.dim()
     labels = [walk.labels(t) for t in tensors]
     layers: Layers = ()
-    shape: tuple[int, ...] = tuple(1 if d == dim else n for d, n in enumerate(tensors[0].shape))
+    shape: tuple[int, ...] = (1,) * out.dim()
     along: dict[tuple[int, ...], list[np.ndarray | None]] = {}
     for i, lab in enumerate(labels):
         mine = lab.layers if lab is not None else ()
@@ -169,10 +194,9 @@ def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 others = tuple(n if d != dim else -1 for d, n in enumerate(x.shape))
                 along.setdefault(others, [None] * len(tensors))[i] = x
         rest = tuple([x for x in mine if x.shape[dim] == 1])
-        if i == 0:
-            layers = rest
-        elif layers or rest:
-            layers = walk.graph.meet(layers, shape, rest, shape, walk.place(func))
+        other = tuple([1 if d == dim else n for d, n in enumerate(spread(walk, tensors[i]))])
+        layers = walk.graph.meet(layers, shape, rest, other, walk.place(func)) if layers or rest else ()
+        shape = tuple([max(a, b) for a, b in zip(shape, other)])
     joined = []
     for others, parts in along.items():
         full = [
@@ -183,7 +207,7 @@ def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for layer in joined:
         if len(varying(layer)) > 1:
             walk.graph.constrain("view", walk.place(func), np.moveaxis(layer, dim, -1).reshape(-1, layer.shape[dim]))
-    walk.label(out, Labels((*layers, *joined)))
+    walk.label(out, Labels((*layers, *joined), together(walk, tensors)))
     return out
 
 

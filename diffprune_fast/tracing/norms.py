@@ -11,6 +11,7 @@ from torch import Tensor
 from .contractions import add_bias
 from .labels import Labels, Layers, varying
 from .rules import aligned, padded, rule, shell
+from .scales import of_parameters
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -68,9 +69,7 @@ def layer_norm(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if last:
         one = np.moveaxis(last[0], -1, 0).reshape(last[0].shape[-1], -1)[:, 0]
         walk.norm_attribute(weight, "normalized_shape", one)
-    feeds = None
-    if weight is not None:
-        feeds = tuple([(n, True) for n in map(walk.name_of, [p for p in (weight, bias) if p is not None]) if n])
+    feeds = of_parameters(walk, weight, bias) if weight is not None else None
     walk.label(out if composite else out[0], Labels(layers, feeds))
     return out
 

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .constants import is_diagonal, spread
 from .labels import Labels, Layers
+from .scales import of_elementwise
+from .statistics import Statistic, power_of, raised
 
 if TYPE_CHECKING:
     from .walk import Walk
@@ -89,15 +92,17 @@ def unary(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     x = args[0]
     if any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):  # clamp between tensors, for one
         return elementwise(walk, func, args, kwargs)
-    hot = func in (torch.ops.aten.silu.default, torch.ops.aten.gelu.default)
+    hot = func in (torch.ops.aten.silu.default, torch.ops.aten.gelu.default) and x.is_meta
     out = shell(x.shape, x) if hot else walk.run(func, args, kwargs)
     labels = walk.labels(x)
     if func.overloadpacket.__name__ not in ("fill_", "zero_"):
         walk.constant(func, args, kwargs)
-    linear = func.overloadpacket.__name__ in _LINEAR.split()
+    name = func.overloadpacket.__name__
+    linear = name in _LINEAR.split()
+    power = raised(walk, name, args)
     for o in out if isinstance(out, (tuple, list)) else (out,):
         if labels is not None and isinstance(o, Tensor) and o.shape == x.shape:
-            walk.label(o, Labels(labels.layers, labels.feeds if linear else None))
+            walk.label(o, Labels(labels.layers, labels.feeds if linear else None, power))
     return out
 
 
@@ -109,27 +114,21 @@ def elementwise(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     inplace = func._schema.is_mutable
     name = func.overloadpacket.__name__
     plain = name in ("add", "sub", "mul", "div") and all(t.dtype == first.dtype for t in tensors)
-    if plain and all(t.shape == first.shape for t in tensors):
+    if plain and all(t.shape == first.shape for t in tensors) and any(t.is_meta for t in tensors):
         out = shell(first.shape, first)
     else:
         out = walk.run(func, args, kwargs)
     ndim = out.dim()
     layers: Layers = ()
     shape = (1,) * ndim
-    feeds: tuple[tuple[str, bool], ...] | None = None
-    labelled = 0
     for t in tensors:
         labels = walk.labels(t)
         mine = aligned(labels.layers, ndim) if labels is not None else ()
-        other = padded(t.shape, ndim)
+        other = padded(spread(walk, t), ndim)
         layers = walk.graph.meet(layers, shape, mine, other, walk.place(func)) if (layers or mine) else ()
         shape = tuple([max(a, b) for a, b in zip(shape, other)])
-        if labels is not None:
-            labelled += 1
-            feeds = labels.feeds
-    # a factor on one of two labelled operands is a factor of the result only for constants beside it
-    scales = labelled == 1 and (name in ("mul", "div", "mul_", "div_"))
-    walk.label(args[0] if inplace else out, Labels(layers, feeds if scales else None))
+    found = Labels(layers, of_elementwise(walk, name, args), raised(walk, name, args))
+    walk.label(args[0] if inplace else out, found)
     return args[0] if inplace else out
 
 
@@ -152,7 +151,14 @@ def reduction(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     values = {**dict(zip(named, args)), **kwargs}
     dims = dims_of(values.get("dim"), x.dim())
     keepdim = bool(values.get("keepdim", False))
-    kept = walk.graph.reduce(labels.layers, dims, walk.place(func), "reduces")
+    place = walk.place(func)
+    over = tuple([y for y in labels.layers if any(y.shape[d] > 1 for d in dims)])
+    if over and keepdim and func.overloadpacket.__name__ == "mean":
+        out._statistic = Statistic(*power_of(labels), over, f"reduces over channels in {place}")
+        walk.statistics += 1
+        kept = tuple([y for y in labels.layers if not any(y is z for z in over)])
+    else:
+        kept = walk.graph.reduce(labels.layers, dims, place, "reduces")
     for o in out if isinstance(out, (tuple, list)) else (out,):
         if o.dim() == x.dim() - (0 if keepdim else len(dims)):
             layers = kept if keepdim else tuple([y.squeeze(axis=tuple(dims)) for y in kept])
@@ -212,6 +218,22 @@ def embedding(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
             walk.attribute(weight, "embedding_dim", kept[-1])
     walk.label(out, Labels(tuple(kept)))
     return out
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
+def made_like(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of the operand, only dtype and device count."""
+    return walk.run(func, args, kwargs)
+
+
+@rule("index_put_")
+def index_put(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not is_diagonal(args[0]):
+        return unknown(walk, func, args, kwargs)
+    labels = walk.labels(args[2])
+    for layer in labels.layers if labels is not None else ():
+        walk.graph.freeze(layer, f"is a kernel position of {walk.place(func)}")
+    return walk.run(func, args, kwargs)
 
 
 def unknown(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import contractions, movement, norms  # noqa: F401  (they fill RULES)
+from . import constants, contractions, movement, norms, scales, statistics  # noqa: F401  (they fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from .heads import HEAD_ATTRIBUTES, Attended
 from .labels import Graph, Labels, Layer, Layers, varying
@@ -112,14 +112,6 @@ class CostTerm:
     attention: bool
 
 
-@dataclass
-class ScaleTerm:
-    place: str
-    n_dims: int
-    first_row: np.ndarray
-    targets: tuple[tuple[str, np.ndarray], ...]
-
-
 class Walk(TorchDispatchMode):
     """The dispatch mode under which the model runs; rules call back into it."""
 
@@ -128,7 +120,9 @@ class Walk(TorchDispatchMode):
         self.nodes = nodes
         self.graph = graph
         self.costs: list[CostTerm] = []
-        self.scales: list[ScaleTerm] = []
+        self.scales: list[scales.ScaleTerm] = []
+        self.leaks: list[Labels] = []
+        self.statistics = 0
         self.attributes: dict[tuple[str, str], Layer] = {}
         self.attended: list[Attended] = []
         self.constants: list[tuple[str, float]] = []
@@ -244,11 +238,6 @@ class Walk(TorchDispatchMode):
             if labels is None and t.dim() == 4:
                 self.attended.append(Attended(module, t.shape[1], t.shape[3], None))
 
-    def feeds(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[str, bool], ...] | None:
-        """A linear layer's output takes a factor through its weight's rows and its bias."""
-        names = [self.name_of(p) for p in (weight, bias) if p is not None]
-        return None if None in names else tuple([(n, False) for n in names if n is not None])
-
     def attribute(self, parameter: Tensor, name: str, *layers: Layer) -> None:
         """A module attribute that follows the size of a layer."""
         owner = self.name_of(parameter)
@@ -268,30 +257,21 @@ class Walk(TorchDispatchMode):
         elif self.stack and hasattr(self.by_name[self.stack[-1]], name):
             self.attributes[self.stack[-1], name] = layer.reshape(-1)
 
-    def scale_fix(self, place: str, n: int, layer: Layer, q: Labels | None, k: Labels | None) -> None:
-        """The softmax scale follows the head size: a factor must go into what feeds q, or the dims stay."""
-        targets = self._scale_targets(layer, q)
-        keys = np.concatenate([x.reshape(-1) for x in k.layers]) if k is not None else np.zeros(0, np.int32)
-        if targets is None or np.isin(layer, keys).any():
-            self.graph.freeze(layer, f"nothing that feeds q alone can take the softmax scale of {place}")
-            return
-        self.scales.append(ScaleTerm(place, n, layer.reshape(-1, layer.shape[-1])[0], targets))
-
-    def _scale_targets(self, layer: Layer, q: Labels | None) -> tuple[tuple[str, np.ndarray], ...] | None:
-        if q is None or not q.feeds:
-            return None
-        targets = []
-        weight = q.feeds[0][0]
-        rows = np.unique(layer) - self.nodes.start.get((weight, 0), 0)
-        for name, whole in q.feeds:
-            size = self.nodes.shapes[name][0]
-            if not whole and not (rows[0] >= 0 and rows[-1] < size):
-                return None
-            targets.append((name, np.arange(size) if whole else rows.astype(np.int64)))
-        return tuple(targets)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        tensors = list(self.tensors((args, kwargs)))
+        statistic = statistics.follow(self, name, args, tensors) if self.statistics else None
+        made = constants.follow(name, args, tensors, func._schema.is_mutable)
+        out = self._followed(func, args, kwargs)
+        if made is not None:
+            out._made = made
+        if statistic is not None:
+            out._statistic = statistic
+        scales.note_leaks(self, name, tensors, kwargs, out)
+        return out
+
+    def _followed(self, func: Any, args: Any, kwargs: Any) -> Any:
         rule = RULES.get(func._schema.name)
         if rule is not None:
             return rule(self, func, args, kwargs)
@@ -331,9 +311,12 @@ class Walk(TorchDispatchMode):
                     out = f(*_inputs(args), **_inputs(kwargs))
                 self.stack.clear()
                 for t in _outputs(out, set()):
+                    if getattr(t, "_statistic", None) is not None:
+                        statistics.freeze(self, t._statistic)  # type: ignore[attr-defined]
                     labels = self.labels(t)
                     for layer in labels.layers if labels is not None else ():
                         self.graph.freeze(layer, "is an output of the model")
+        scales.settle(self)
 
 
 def _to_meta(tree: Any) -> Any:
@@ -380,6 +363,18 @@ def _outputs(tree: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _outputs(x, seen)
 
 
+def _autocast_but_meta(init: Callable[..., None]) -> Callable[..., None]:
+    """Forwards ask for the autocast of a tensor's device, which meta doesn't have; labels have no dtype to cast."""
+
+    def run(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        if device_type == "meta":
+            init(self, "cpu", enabled=False)
+        else:
+            init(self, device_type, *args, **kwargs)
+
+    return run
+
+
 @contextmanager
 def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     handles = [
@@ -388,12 +383,15 @@ def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     ]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    autocast = torch.autocast.__init__
+    torch.autocast.__init__ = _autocast_but_meta(autocast)  # type: ignore[method-assign]
     try:
         with warnings.catch_warnings():
             # torch.compile'd submodules run uncompiled here, which is what we want
             warnings.filterwarnings("ignore", message=".*global hooks.*")
             yield
     finally:
+        torch.autocast.__init__ = autocast  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles:
             h.remove()
