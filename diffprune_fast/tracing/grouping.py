@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -79,15 +80,14 @@ def _group(
     unit_of = np.full(component.size, -1, np.int64)
     if not free.size:
         return unit_of, []
-    place = np.searchsorted(starts, free, side="right") - 1
-    _, unit = np.unique(component[free], return_inverse=True)
-    pair = unit * len(starts) + place
-    pairs, multiplicity = np.unique(pair, return_counts=True)
-    owner, where = pairs // len(starts), pairs % len(starts)
-    mixed = np.random.default_rng(0).integers(1, 2**63, len(starts), dtype=np.uint64)[where]
-    mixed *= multiplicity.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
+    cuts = np.searchsorted(free, starts)
+    present = np.zeros(int(component.max()) + 1, np.int64)
+    present[component[free]] = 1
+    unit = (np.cumsum(present) - 1)[component[free]]
+    # A sum of one random number per channel's place tells the units' multisets of places apart.
     signature = np.zeros(int(unit.max()) + 1, np.uint64)
-    np.add.at(signature, owner, mixed)
+    bits = np.random.default_rng(0).integers(1, 2**63, len(starts), dtype=np.uint64)
+    np.add.at(signature, unit, np.repeat(bits[:-1], np.diff(cuts)))
     first = np.full(signature.size, component.size, np.int64)
     np.minimum.at(first, unit, free)
     _, kind = np.unique(signature, return_inverse=True)
@@ -101,14 +101,15 @@ def _group(
     new_id[order] = np.arange(order.size)
     unit_of[free] = new_id[unit]
     group_of_unit = kind[order]
-    tables: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(lead.size)]
-    by = np.lexsort((free, new_id[unit], place, group_of_unit[new_id[unit]]))
-    g, p, index = group_of_unit[new_id[unit]][by], place[by], free[by]
-    cuts = np.flatnonzero(np.diff(g) | np.diff(p)) + 1
     n_units = np.bincount(group_of_unit)
-    for part in np.split(np.arange(by.size), cuts):
-        where_, group = int(p[part[0]]), int(g[part[0]])
-        tables[group].append((where_, (index[part] - starts[where_]).reshape(n_units[group], -1)))
+    tables: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(lead.size)]
+    for place, (start, stop) in enumerate(pairwise(cuts)):
+        index = free[start:stop]
+        by = np.argsort(unit_of[index], kind="stable")
+        groups = group_of_unit[unit_of[index[by]]]
+        for part in np.split(by, np.flatnonzero(np.diff(groups)) + 1) if by.size else ():
+            group = group_of_unit[unit_of[index[part[0]]]]
+            tables[group].append((place, (index[part] - starts[place]).reshape(n_units[group], -1)))
     return unit_of, tables
 
 
