@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import constants, contractions, movement, norms, scales, statistics  # noqa: F401  (they fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from .labels import Graph, Labels, Layer, Layers, varying
+from .meta import like_a_device
 from .rules import RULES, unknown
 
 Calls = Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]
@@ -131,6 +132,8 @@ class Walk(TorchDispatchMode):
                 args, kwargs = _to_meta(args), _to_meta(kwargs)
             if "device" in kwargs and kwargs["device"] is not None:
                 kwargs = {**kwargs, "device": torch.device("meta")}
+        elif tensors and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": tensors[0].device}  # numbers and ids keep their values
         try:
             return func(*args, **kwargs)
         except Exception:
@@ -313,18 +316,6 @@ def _outputs(tree: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _outputs(x, seen)
 
 
-def _autocast_but_meta(init: Callable[..., None]) -> Callable[..., None]:
-    """Forwards ask for the autocast of a tensor's device, which meta doesn't have; labels have no dtype to cast."""
-
-    def run(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
-        if device_type == "meta":
-            init(self, "cpu", enabled=False)
-        else:
-            init(self, device_type, *args, **kwargs)
-
-    return run
-
-
 @contextmanager
 def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     handles = [
@@ -333,15 +324,12 @@ def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     ]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    autocast = torch.autocast.__init__
-    torch.autocast.__init__ = _autocast_but_meta(autocast)  # type: ignore[method-assign]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), like_a_device():
             # torch.compile'd submodules run uncompiled here, which is what we want
             warnings.filterwarnings("ignore", message=".*global hooks.*")
             yield
     finally:
-        torch.autocast.__init__ = autocast  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles:
             h.remove()
