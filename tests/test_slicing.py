@@ -275,6 +275,29 @@ class Borrows(nn.Module):
         return self.out_image(h), self.out_text(t)
 
 
+class BorrowsPairs(Borrows):
+    """The same where one stream's channels can only go in pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.Linear(7, 12)
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.image(image) * self.pairs(text[:, :3]).repeat(1, 1, 2)
+        return self.out_image(h), self.out_text(self.text(text).reshape(text.shape[0], -1, h.shape[-1]))
+
+
+def test_size_taken_from_a_tensor_of_other_units_ties_the_counts() -> None:
+    inputs = (torch.empty(1, 3, 5), torch.empty(1, 4, 7))
+    plan = dpf.trace(BorrowsPairs(), inputs)
+    assert {g.name: g.n_units for g in plan.groups} == {"image": 12, "text": 24}
+    keep = random_keep(plan, 0.5, 0)
+    assert 2 * len(keep["image"]) == len(keep["text"]) == 12
+    model = BorrowsPairs()
+    dpf.prune(model, plan, keep, example_inputs=inputs)
+    assert model(torch.randn(1, 3, 5), torch.randn(1, 4, 7))[1].shape == (1, 4, 2)
+
+
 def test_size_taken_from_another_tensor_ties_the_counts() -> None:
     inputs = (torch.empty(1, 3, 5), torch.empty(1, 4, 7))
     plan = dpf.trace(Borrows(), inputs)

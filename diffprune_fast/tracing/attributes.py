@@ -24,6 +24,7 @@ PARAMETER_ATTRIBUTES: dict[str, dict[str, tuple[str, int]]] = {
     "ResnetBlock2D": {"in_channels": ("conv1.weight", 1), "out_channels": ("conv2.weight", 0)},
     "Upsample2D": {"channels": ("conv.weight", 1), "out_channels": ("conv.weight", 0)},
     "Downsample2D": {"channels": ("conv.weight", 1), "out_channels": ("conv.weight", 0)},
+    "CogView3PlusPatchEmbed": {"hidden_size": ("proj.weight", 0)},
     "SelfAttention1d": {"channels": ("value.weight", 0)},
 }
 

@@ -119,7 +119,8 @@ class Gate(Graph):
         elif rows.shape[0] == 1 or self._key(kind, units) in self.allowed:
             return
         what = "norm groups" if "norm" in kind else "rows"
-        raise GateError(f"after slicing, the {what} of {place} would hold other channels than before", rows.reshape(-1))
+        message = f"after slicing, the {what} of {place} would hold other channels than before"
+        raise GateError(message, rows.reshape(-1), rows.shape[1:])
 
     def goes_whole(self, rows: np.ndarray, n_heads: int, module: str) -> bool:
         """The plan knows: a row's channels are one unit."""

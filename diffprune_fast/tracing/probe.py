@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from .gate import GateError, pass_gate, sliced_shapes, units_of_nodes
+from .gate import GateError, alive_units, pass_gate, sliced_shapes, units_of_nodes
 from .grouping import build_plan
 from .plan import Plan
 from .walk import Calls, Walk
+
+Row = tuple[int, ...]  # the channels along one dim of a parameter
 
 # Every round settles at least one group; a model with more hidden couplings than this is left to the gate.
 ROUNDS = 24
@@ -23,7 +25,7 @@ ROUNDS = 24
 
 def probed(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     """The plan, with groups tied or frozen until uneven keep-sets of it pass the gate."""
-    suspects: dict[str, set[str]] = {}
+    suspects: dict[Row, set[Row]] = {}
     for turn in range(ROUNDS):
         keep = _uneven(plan, turn)
         error = _tried(model, plan, keep, calls)
@@ -35,12 +37,12 @@ def probed(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
         reason = f"has a width that is read elsewhere ({str(error).partition('. Its forward')[0]})"
         if not groups:
             return plan
-        name, twins = _twins(plan, keep, error, groups)
-        twins = suspects[name] = suspects.get(name, twins) & twins
+        row, twins = _twins(walk, plan, keep, error)
+        twins = suspects[row] = suspects.get(row, twins) & twins
         if len(twins) > 1:
             continue  # another keep-set tells them apart
         for twin in twins:
-            walk.graph.constrain("size", reason, np.stack([_first_nodes(walk, plan, g) for g in (name, twin)]))
+            walk.graph.constrain("size", reason, np.array([row, twin], np.int32))
         for name in () if twins else groups:
             walk.graph.freeze(_first_nodes(walk, plan, name), reason)
         suspects.clear()
@@ -105,15 +107,25 @@ def _shrunk_clusters(plan: Plan, keep: Mapping[str, np.ndarray]) -> list[list[st
     return list(clusters.values())
 
 
-def _twins(plan: Plan, keep: Mapping[str, np.ndarray], error: GateError, groups: Sequence[str]) -> tuple[str, set[str]]:
-    """A group at which the walk failed, and those of its size whose kept count the operation asked for instead."""
-    for name in groups:
-        n, left = plan[name].n_units, len(keep[name])
-        twins = {g.name for g in plan.groups if g.n_units == n and n > len(keep[g.name]) != left}
-        twins = {name for name in twins if len(keep[name]) in error.sizes}
+def _twins(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: GateError) -> tuple[Row, set[Row]]:
+    """The width at which the walk failed, and those as wide whose kept count the operation asked for instead."""
+    unit_of, alive = units_of_nodes(plan, walk.nodes), alive_units(plan, keep)
+    rows: dict[bytes, Row] = {}
+    left: dict[Row, int] = {}
+    failed: list[Row] = []
+    for (name, dim), start in walk.nodes.start.items():
+        nodes = np.arange(start, start + walk.nodes.shapes[name][dim])
+        stay = alive[unit_of[nodes]]
+        if not stay.all():
+            row = rows.setdefault(np.sort(unit_of[nodes]).tobytes(), tuple(nodes.tolist()))
+            left[row] = int(stay.sum())
+            if np.isin(nodes[stay], error.nodes).all() or (not error.nodes.size and left[row] in error.sizes):
+                failed.append(row)
+    for row in failed:
+        twins = {x for x, n in left.items() if len(x) == len(row) and n != left[row] and n in error.sizes}
         if twins:
-            return name, twins
-    return groups[0], set()
+            return row, twins
+    return (), set()
 
 
 def _first_nodes(walk: Walk, plan: Plan, name: str) -> np.ndarray:

@@ -220,9 +220,10 @@ def embedding(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return out
 
 
-@rule("new_zeros", "new_ones", "new_full", "new_empty")
-def made_like(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of the operand, only dtype and device count."""
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "full", "scalar_tensor")
+def made(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of an operand only dtype and device count; the number that fills the tensor does."""
+    walk.constant(func, args[1:] if isinstance(args[0], Tensor) else args, kwargs)
     return walk.run(func, args, kwargs)
 
 

@@ -20,6 +20,7 @@ from . import constants, contractions, movement, norms, scales, statistics  # no
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from .heads import HEAD_ATTRIBUTES, Attended
 from .labels import Graph, Labels, Layer, Layers, varying
+from .meta import like_a_device
 from .rules import RULES, unknown
 
 Calls = Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]
@@ -150,6 +151,8 @@ class Walk(TorchDispatchMode):
                 args, kwargs = _to_meta(args), _to_meta(kwargs)
             if "device" in kwargs and kwargs["device"] is not None:
                 kwargs = {**kwargs, "device": torch.device("meta")}
+        elif tensors and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": tensors[0].device}  # numbers and ids keep their values
         try:
             return func(*args, **kwargs)
         except Exception:
@@ -363,18 +366,6 @@ def _outputs(tree: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _outputs(x, seen)
 
 
-def _autocast_but_meta(init: Callable[..., None]) -> Callable[..., None]:
-    """Forwards ask for the autocast of a tensor's device, which meta doesn't have; labels have no dtype to cast."""
-
-    def run(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
-        if device_type == "meta":
-            init(self, "cpu", enabled=False)
-        else:
-            init(self, device_type, *args, **kwargs)
-
-    return run
-
-
 @contextmanager
 def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     handles = [
@@ -383,15 +374,12 @@ def _hooks(enter: Any, leave: Any) -> Iterator[None]:
     ]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    autocast = torch.autocast.__init__
-    torch.autocast.__init__ = _autocast_but_meta(autocast)  # type: ignore[method-assign]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), like_a_device():
             # torch.compile'd submodules run uncompiled here, which is what we want
             warnings.filterwarnings("ignore", message=".*global hooks.*")
             yield
     finally:
-        torch.autocast.__init__ = autocast  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles:
             h.remove()

@@ -1,0 +1,91 @@
+"""Tensors that a forward makes of numbers: those that treat all channels alike don't keep any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_exact
+from torch import Tensor, nn
+
+import diffprune_fast as dpf
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+class Between(nn.Module):
+    """a -> ``between`` -> b."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between = between
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x)))
+
+
+def diagonal(h: Tensor, kernel: Tensor) -> Tensor:
+    """A matrix of kernels: ``kernel`` on the diagonal, zeros elsewhere."""
+    weight = h.new_zeros(h.shape[1], h.shape[1], 3, 3)
+    ids = torch.arange(h.shape[1], device=h.device)
+    weight[ids, ids] = kernel
+    return weight
+
+
+def box(h: Tensor) -> Tensor:
+    return torch.full((3, 3), 1 / 9, dtype=h.dtype, device=h.device)[None].expand(h.shape[1], -1, -1)
+
+
+ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros beside the channels": lambda h: torch.cat([h.new_zeros(h.shape[0], h.shape[1], 1, 8), h], dim=2),
+    "ones added": lambda h: h + torch.ones(h.shape[1:], dtype=h.dtype, device=h.device),
+    "an expanded row": lambda h: h + torch.linspace(0, 1, 8, dtype=h.dtype, device=h.device).expand(h.shape[1], 8, 8),
+    "a view of zeros": lambda h: torch.where(h > 0, h, h.new_zeros(8, h.shape[1], 1).transpose(0, 1)),
+    "one kernel for all": lambda h: F.conv2d(h, diagonal(h, box(h)), padding=1),
+    "one kernel for all, upwards": lambda h: F.conv_transpose2d(h, diagonal(h, box(h)), stride=2),
+}
+
+
+def write(t: Tensor, part: Tensor) -> Tensor:
+    part.copy_(torch.arange(part.numel(), device=t.device).reshape(part.shape))
+    return t
+
+
+def elsewhere(h: Tensor) -> Tensor:
+    """Ones in the first column, not on the diagonal."""
+    weight = h.new_zeros(h.shape[1], h.shape[1], 1, 1)
+    ids = torch.arange(h.shape[1], device=h.device)
+    weight[ids, torch.zeros_like(ids)] = 1
+    return weight
+
+
+NOT_ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros that were written": lambda h: h + write(z := h.new_zeros(1, h.shape[1], 1, 1), z),
+    "zeros whose view was written": lambda h: h + write(z := h.new_zeros(1, h.shape[1], 1, 1), z[0, :, 0]),
+    "a view of what was written": lambda h: h + write((z := h.new_zeros(1, h.shape[1], 1, 1))[0], z),
+    "a kernel that is not on the diagonal": lambda h: F.conv2d(h, elsewhere(h)),
+    "another kernel for each": lambda h: F.conv2d(h, diagonal(h, torch.rand(h.shape[1], 3, 3, device=h.device))),
+    "a kernel that was overwritten": lambda h: F.conv2d(h, write(w := diagonal(h, box(h)), w[0])),
+    "ones as a kernel": lambda h: F.conv2d(h, h.new_ones(h.shape[1], h.shape[1], 1, 1)),
+    "a number that follows the width": lambda h: h * torch.full_like(h, h.shape[1]),
+    "a new number that follows the width": lambda h: h * h.new_full((1, h.shape[1], 1, 1), h.shape[1]),
+    "one number that follows the width": lambda h: h * torch.full((1, 1, 1, 1), h.shape[1], device=h.device),
+    "a scalar that follows the width": lambda h: h * torch.tensor(float(h.shape[1]), device=h.device),
+    "a scalar that is moved": lambda h: h * torch.tensor(float(h.shape[1])).to(h.device),
+    "a buffer filled with the width": lambda h: h * h.new_empty(1, h.shape[1], 1, 1).fill_(h.shape[1]),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_constants_alike_in_all_channels_leave_them_free(name: str) -> None:
+    model = Between(ALIKE[name])
+    assert_exact(model, lambda m: m(X), example_inputs=(X[:1],))
+    assert model.a.out_channels < 12
+
+
+@pytest.mark.parametrize("name", NOT_ALIKE)
+def test_constants_that_tell_channels_apart_keep_them(name: str) -> None:
+    assert dpf.trace(Between(NOT_ALIKE[name]), (X[:1].float(),)).groups == ()
