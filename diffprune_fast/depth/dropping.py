@@ -6,6 +6,7 @@ import copy
 import difflib
 import itertools
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import translate
@@ -120,18 +121,19 @@ def _close_up(model: nn.Module, calls: Any) -> None:
     The proof is the list of operations on meta: of the model with passthroughs, of the closed-up one, and of the one
     that the config builds. All three must be the same.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(_is_gap(b) for b in m)]
+    by_path = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and any(_is_gap(b) for b in m)}
+    lists = list(by_path.values())
     in_lists = sum(_is_gap(b) for l in lists for b in l)
     if not hasattr(model, "register_to_config") or in_lists < sum(_is_gap(m) for m in model.modules()):
         return
-    before = {id(p): name for name, p in model.named_parameters()}
-    lengths = [(len(l), sum(not _is_gap(b) for b in l)) for l in lists]
+    before = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    lengths = {path: (len(l), sum(not _is_gap(b) for b in l)) for path, l in by_path.items()}
     open_lists = [dict(l._modules) for l in lists]
     for l in lists:
         stay = [b for b in l if not _is_gap(b)]
         l._modules.clear()
         l._modules.update({str(i): b for i, b in enumerate(stay)})
-    renamed = {before[id(p)]: name for name, p in model.named_parameters()}
+    renamed = {before[id(t)]: name for name, t in [*model.named_parameters(), *model.named_buffers()]}
     updates = _shorter_config(model, lengths)
     if updates is not None:
         try:
@@ -152,18 +154,33 @@ def _is_gap(module: nn.Module) -> bool:
     return isinstance(module, Passthrough)
 
 
-def _shorter_config(model: nn.Module, lengths: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
-    """The config entries that count the lists, with their new values; None where no such config has these shapes."""
-    config = own_config(model)
-    entries = [[k for k, v in config.items() if type(v) is int and v == old] for old, _ in lengths]
-    shapes = shapes_of(model)
-    for keys in itertools.product(*entries):
-        updates = {key: new for key, (_, new) in zip(keys, lengths)}
+def _shorter_config(model: nn.Module, lengths: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
+    """The config entries that count the lists, with their new values; None where no such config has these shapes.
+
+    lengths: path of a list to its length before and after.
+    """
+    config, shapes = own_config(model), shapes_of(model)
+
+    def built(updates: Mapping[str, Any]) -> nn.Module | None:
         try:
-            fresh = build_on_meta(type(model), {**config, **updates})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return build_on_meta(type(model), {**config, **updates})
         except Exception:  # whatever a class makes of a config that isn't its own
-            continue
-        if shapes_of(fresh) == shapes:
+            return None
+
+    def counts(key: str, path: str, new: int) -> bool:
+        shorter = dict((built({key: new}) or nn.Module()).named_modules()).get(path)
+        return isinstance(shorter, nn.ModuleList) and len(shorter) == new
+
+    entries = [
+        [k for k, v in config.items() if type(v) is int and v == old and counts(k, path, new)]
+        for path, (old, new) in lengths.items()
+    ]
+    for keys in itertools.product(*entries):
+        updates = {key: new for key, (_, new) in zip(keys, lengths.values())}
+        fresh = built(updates)
+        if fresh is not None and shapes_of(fresh) == shapes:
             return updates
     return None
 

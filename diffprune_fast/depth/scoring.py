@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ..scoring import AUTOCAST, batch_check, check_timesteps, counted_timesteps
-from ..scoring.accumulate import Work
+from ..scoring.accumulate import CHECK_EVERY, Work
 from ..scoring.batches import Batches, count
 from ..scoring.objectives import LossFunction, make_objective
 from ..scoring.untouched import check_weights, own_randomness, stand_ins, unwrapped
@@ -106,7 +106,7 @@ def score_blocks(
         raise ValueError("blocks are scored by the loss: give a loader of images")
     model = unwrapped(model)
     device = check_weights(model)
-    objective = make_objective(model, scheduler, loss_fn)
+    objective = make_objective(model, scheduler, loss_fn).on(device)
     asked = None if timesteps is None else check_timesteps(timesteps, objective.n_timesteps)
     blocks = find_blocks(model, example_inputs)
     if not blocks:
@@ -140,6 +140,8 @@ def _walked_through(
             batch, t, noise = work.draw(len(rows), min(micro_batch, samples - taken), allowed)
             rows.append(measure.of(batch, t, noise))
             taken += count(batch)
+            if len(rows) % CHECK_EVERY == 0 or taken >= samples:
+                work.check_losses()
             bar.update(count(batch))
     return torch.stack(rows).double().cpu().numpy(), taken
 
@@ -150,7 +152,7 @@ class _FirstOrder(ExitStack):
     def __init__(self, work: Work, blocks: Sequence[Block]) -> None:
         super().__init__()
         self._work, self._blocks = work, blocks
-        self._sums: list[Tensor | float] = []
+        self._sums = torch.zeros(len(blocks), dtype=work.new_scores().dtype, device=work.device)
 
     def __enter__(self) -> _FirstOrder:
         for i, block in enumerate(self._blocks):
@@ -164,9 +166,9 @@ class _FirstOrder(ExitStack):
         return self
 
     def of(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
-        self._sums = [0.0] * len(self._blocks)
-        self._work.losses(batch, t, noise).mean().backward()
-        return torch.stack([torch.as_tensor(s, device=self._work.device).double().abs() for s in self._sums])
+        self._sums.zero_()
+        self._work.mean_loss(batch, t, noise).backward()
+        return self._sums.abs()
 
     def _watched(self, i: int, out: Any, returns: Returns, given: Mapping[str, Any]) -> Any:
         if isinstance(out, (tuple, list)) and isinstance(returns, list):
@@ -178,7 +180,7 @@ class _FirstOrder(ExitStack):
         added = out.detach() - given[returns].detach()
 
         def add(gradient: Tensor) -> None:
-            self._sums[i] += (added * gradient).sum(dtype=torch.promote_types(torch.float32, added.dtype))
+            self._sums[i] += (added * gradient).sum(dtype=self._sums.dtype)
 
         out.register_hook(add)
         return out
@@ -193,11 +195,11 @@ class _Loss(ExitStack):
 
     @torch.no_grad()
     def of(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
-        with_it = self._work.losses(batch, t, noise).mean()
+        with_it = self._work.mean_loss(batch, t, noise)
         rises = []
         for block in self._blocks:
             with passed_over(self._work.model, {block.name: block.returns}):
-                rises.append(self._work.losses(batch, t, noise).mean() - with_it)
+                rises.append(self._work.mean_loss(batch, t, noise) - with_it)
         return torch.stack(rises)
 
 

@@ -109,7 +109,7 @@ def score(
     if not rule.needs_data:
         values = _without_data(model, plan, table, rule, seed, backend)
         return Scores(values, "none", criterion, seed, seconds=time.perf_counter() - begin)
-    objective = make_objective(model, scheduler, loss_fn)
+    objective = make_objective(model, scheduler, loss_fn).on(device)
     asked = None if timesteps is None else check_timesteps(timesteps, objective.n_timesteps)
     limit = (reading.threshold if threshold is None else threshold) if rule.thresholded and asked is None else None
 
