@@ -10,25 +10,19 @@ each other: agreement of an estimator with itself over seeds, and with the refer
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import platform
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.utils import logging
-from measured import machine
+from diffusers import UNet2DModel
+from measured import comparison_arguments, digits_model, provenance, write_comparison
 
-from diffprune_fast import __version__, prune, score, select, trace
+from diffprune_fast import prune, score, select, trace
 from diffprune_fast.evaluation import diffusion_loss
 
-DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 RATIO = 0.3
 # estimator, criterion, further options. 1,024 samples of "micro": agreement beyond reach, so that all are used.
 RUNS: dict[str, dict[str, Any]] = {
@@ -85,32 +79,20 @@ def summary(rows: dict[str, list[dict[str, Any]]], keeps: dict[str, list[dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DIGITS / "model")
+    parser = comparison_arguments(__doc__)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--reference-batch", type=int, default=128, help="images in the reference's one batch")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="JSON with every run, written after each")
     args = parser.parse_args()
-    sys.path.insert(0, str(DIGITS))
-    from data import digits
-
-    torch.set_num_threads(args.threads)
-    logging.disable_progress_bar()
-    model = UNet2DModel.from_pretrained(args.model).float().eval()
-    scheduler = DDPMScheduler.from_pretrained(args.model)
-    train, held_out = digits()
+    model, scheduler, train, held_out = digits_model(args)
     plan = trace(model)
     report: dict[str, Any] = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
-        "versions": {"diffprune_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": machine()["commit"],
+        **provenance(args),
         "reference_batch": args.reference_batch,
         "plan": plan.hash,
         "dense_loss": diffusion_loss(model, held_out.images, scheduler, passes=4),
         "runs": {},
     }
+    about = f"Dense loss {report['dense_loss']:.4f}; the reference's one batch has {args.reference_batch} images."
     print(f"dense loss {report['dense_loss']:.4f}, {plan.n_units} units", flush=True)
     keeps: dict[str, list[dict[str, np.ndarray]]] = {}
     for name in args.only:
@@ -120,15 +102,10 @@ def main() -> None:
             report["runs"].setdefault(name, []).append(row)
             keeps.setdefault(name, []).append(keep)
             print(f"{name} seed {seed}: {json.dumps(row)}", flush=True)
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+            write_comparison(args.out, report, about)
     report["table"] = summary(report["runs"], keeps)
     print("\n".join(report["table"]))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        about = f"Dense loss {report['dense_loss']:.4f}; the reference's one batch has {args.reference_batch} images."
-        args.out.with_suffix(".md").write_text("\n".join([about, "", "```", *report["table"], "```", ""]))
+    write_comparison(args.out, report, about)
 
 
 if __name__ == "__main__":

@@ -8,24 +8,17 @@ finetuning: what it repairs is another question.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import platform
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.utils import logging
-from measured import machine
+from measured import comparison_arguments, digits_model, provenance, write_comparison
 
-from diffprune_fast import __version__, prune, score, select, trace
+from diffprune_fast import prune, score, select, trace
 from diffprune_fast.evaluation import diffusion_loss
 
-DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 BUDGETS = (0.6, 0.5, 0.4)
 WAYS = tuple(itertools.product(("local", "global"), ("same", "independent"), ("count", "exact")))
 
@@ -42,20 +35,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DIGITS / "model")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="JSON with every run")
-    args = parser.parse_args()
-    sys.path.insert(0, str(DIGITS))
-    from data import digits
-
-    torch.set_num_threads(args.threads)
-    logging.disable_progress_bar()
-    model = UNet2DModel.from_pretrained(args.model).float().eval()
-    scheduler = DDPMScheduler.from_pretrained(args.model)
-    train, held_out = digits()
+    args = comparison_arguments(__doc__).parse_args()
+    model, scheduler, train, held_out = digits_model(args)
     plan = trace(model)
     dense = diffusion_loss(model, held_out.images, scheduler, passes=2)
     print(f"dense loss {dense:.4f}", flush=True)
@@ -72,19 +53,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     lines = table(rows)
     print("\n".join(lines))
-    if args.out:
-        report = {
-            "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
-            "versions": {"diffprune_fast": __version__, "torch": torch.__version__},
-            "commit": machine()["commit"],
-            "plan": plan.hash,
-            "dense_loss": dense,
-            "runs": rows,
-            "table": lines,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text("\n".join([f"Dense loss {dense:.4f}.", "", "```", *lines, "```", ""]))
+    report = {**provenance(args), "plan": plan.hash, "dense_loss": dense, "runs": rows, "table": lines}
+    write_comparison(args.out, report, f"Dense loss {dense:.4f}.")
 
 
 if __name__ == "__main__":

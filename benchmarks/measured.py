@@ -1,11 +1,13 @@
-"""Bandwidth of this machine, and the table that a benchmark run leaves."""
+"""Bandwidth of this machine, the digits model that comparisons use, and the table that a benchmark run leaves."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 clock = time.perf_counter  # conftest takes --benchmark-timer's
+DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 LARGEST = 1 << 30  # bytes: above, bandwidth doesn't change any more
 
 
@@ -75,6 +78,51 @@ def machine() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": platform.machine(), "simd": cpu.simd(),
         "threads": torch.get_num_threads(), "clock": clock.__name__, "load": round(os.getloadavg()[1], 1), **versions,
     }  # fmt: skip
+
+
+def comparison_arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that all comparisons on the digits model have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DIGITS / "model")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="JSON with every run; a table in Markdown beside it")
+    return parser
+
+
+def digits_model(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """The model in single precision, its scheduler, the images to train on and those that were held out."""
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.utils import logging
+
+    sys.path.insert(0, str(DIGITS))
+    from data import digits
+
+    torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()
+    model = UNet2DModel.from_pretrained(args.model).float().eval()
+    return model, DDPMScheduler.from_pretrained(args.model), *digits()
+
+
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """What a comparison's report begins with."""
+    from diffprune_fast import __version__
+
+    return {
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": args.threads},
+        "versions": {"diffprune_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": machine()["commit"],
+    }
+
+
+def write_comparison(out: Path | None, report: dict[str, Any], about: str) -> None:
+    """``out`` and, once the report has its table, the Markdown beside it; nothing where no file was asked for."""
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    if "table" in report:
+        out.with_suffix(".md").write_text("\n".join([about, "", "```", *report["table"], "```", ""]))
 
 
 def ratio(row: Row, rows: list[Row], provider: str) -> float | None:

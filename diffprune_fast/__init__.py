@@ -14,6 +14,8 @@ _PUBLIC = {
     "Scores": "scoring",
     "select": "selection",
     "prune": "slicing",
+    "score_blocks": "depth",
+    "drop_blocks": "depth",
     "PruneResult": "result",
     "score_and_prune": "pipeline",
     "from_pretrained": "checkpoint",
@@ -38,6 +40,8 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from . import ops as ops
     from .checkpoint import from_pretrained as from_pretrained
+    from .depth import drop_blocks as drop_blocks
+    from .depth import score_blocks as score_blocks
     from .pipeline import score_and_prune as score_and_prune
     from .result import PruneResult as PruneResult
     from .scoring import Scores as Scores

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .depth.passthrough import drop_again, dropped_blocks
 from .manifest import FORMAT, MANIFEST, CheckpointError, pack_runs, provenance, read_manifest, versions
 from .plain_config import build_on_meta, changed_attributes, is_count, own_config, plain_config
 
@@ -46,7 +47,8 @@ def save(result: PruneResult, directory: str | os.PathLike[str]) -> None:
     weights, tied = _weights(model)
     buffers = {n: b.detach().contiguous() for n, b in model.named_buffers() if n not in weights and n not in tied}
     is_diffusers = hasattr(model, "save_config") and hasattr(model, "config")
-    plain = plain_config(model)
+    dropped = dropped_blocks(model)
+    plain = plain_config(model) if not dropped else None
     manifest = {
         "format": FORMAT,
         "versions": versions(),
@@ -55,6 +57,7 @@ def save(result: PruneResult, directory: str | os.PathLike[str]) -> None:
         "plain_config": plain is not None,
         "tied": tied,
         "shapes": {name: list(t.shape) for name, t in sorted({**weights, **buffers}.items())},
+        "dropped": dropped,
         "attributes": {} if plain is not None else _attributes(result, is_diffusers),
         "keep": {name: pack_runs(units) for name, units in result.keep.items()},
         **provenance(result),
@@ -242,6 +245,10 @@ def _apply(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     """Give the empty model the shapes and attributes of the manifest, which isn't trusted."""
     from .slicing import apply_shapes
 
+    try:
+        drop_again(model, manifest["dropped"])
+    except (ValueError, AttributeError) as e:
+        raise CheckpointError(f"{MANIFEST} drops blocks that {manifest['model_class']} can't do without: {e}") from e
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = {
         **dict(model.named_parameters(remove_duplicate=False)),

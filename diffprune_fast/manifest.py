@@ -68,6 +68,7 @@ _FIELDS = {
     "shapes": dict,
     "attributes": dict,
     "keep": dict,
+    "dropped": dict,
     "sha256": dict,
 }
 
@@ -104,6 +105,7 @@ def provenance(result: PruneResult) -> dict[str, Any]:
         "before": {"params": result.before.params, "macs": result.before.macs},
         "after": {"params": result.after.params, "macs": result.after.macs},
         "seconds": dict(result.seconds),
+        "blocks_dropped": list(result.dropped),
     }
     if result.selection is not None:
         chosen = result.selection

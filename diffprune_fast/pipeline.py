@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from .depth.shallower import prune_shallower
 from .result import PruneResult
 from .scoring import score
 from .selection import select
@@ -32,6 +33,7 @@ def score_and_prune(
     optimizer: torch.optim.Optimizer | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     plan: Plan | None = None,
+    drop_blocks: int | str | Sequence[str] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> PruneResult:
@@ -40,8 +42,10 @@ def score_and_prune(
     loader: images as the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also
     ``(images, labels)`` pairs or dicts with conditioning inputs. ratio, params, macs: the budget, one of them; nothing
     is ``ratio=0.3``. ``units``: whether dims or whole heads of attentions go, see :func:`trace`. ``inplace=False``
-    leaves the model alone and prunes a copy. ``plan``: what :func:`trace` gave, if it is there already. Further options
-    are those of :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select` (``ranking``,
+    leaves the model alone and prunes a copy. ``plan``: what :func:`trace` gave, if it is there already.
+    ``drop_blocks``: whole residual blocks go first, so many of those that cost least, or the ones named (see
+    :func:`drop_blocks`); a share asked of params or macs is one of the whole model. Further options are those of
+    :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select` (``ranking``,
     ``round_to``, ``ignore``, …).
 
     The budget and the slicing are rehearsed before the scores are computed, and nothing of the model changes before
@@ -55,6 +59,21 @@ def score_and_prune(
     """
     scoring, selecting = _sorted_out(options)
     budget: dict[str, Any] = {"ratio": ratio, "params": params, "macs": macs}
+    if drop_blocks is not None:
+        if plan is not None:
+            raise ValueError("drop_blocks changes what goes together: leave out plan, it is traced without the blocks")
+        return prune_shallower(
+            score_and_prune,
+            model,
+            loader,
+            drop_blocks,
+            budget=budget,
+            inplace=inplace,
+            optimizer=optimizer,
+            example_inputs=example_inputs,
+            seed=seed,
+            options={**options, "units": units, "norm_groups": norm_groups},
+        )
     started = time.perf_counter()
 
     if plan is None:

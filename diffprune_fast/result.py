@@ -13,6 +13,7 @@ from torch import nn
 from .tracing import Plan
 
 if TYPE_CHECKING:
+    from .depth import BlockScores
     from .scoring import Scores
     from .selection import Selection
 
@@ -35,7 +36,8 @@ class PruneResult:
     model: the pruned model. plan: the plan of the model as it was. keep: group name to the sorted unit indices that
     stay. before, after: what it cost and what it costs. shapes: every parameter and floating-point buffer after
     slicing. attributes: the module attributes that slicing changed (``"conv_in.out_channels"`` to the new value).
-    seconds: wall-clock time per stage.
+    seconds: wall-clock time per stage. dropped: the residual blocks that were taken out first, blocks: what each would
+    have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them.
     """
 
     model: nn.Module
@@ -50,6 +52,8 @@ class PruneResult:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
+    dropped: tuple[str, ...] = ()
+    blocks: BlockScores | None = None
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write safetensors, ``config.json`` and ``diffprune.json`` into ``directory``."""
@@ -62,6 +66,8 @@ class PruneResult:
         if self.selection is not None:
             lines += [f"asked:  {self.selection.asked}", f"met:    {self.selection.met}"]
             lines += [f"note:   {note}" for note in self.selection.notes]
+        if self.dropped:
+            lines.append(f"blocks dropped: {', '.join(self.dropped)}")
         lines.append(f"norm groups: {self.norm_groups}")
         if self.scores is not None and self.scores.agreement is not None:
             lines.append(f"split-half agreement: {self.scores.agreement:.3f} after {self.scores.samples} samples")

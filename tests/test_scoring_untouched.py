@@ -12,8 +12,11 @@ import torch
 import torch.multiprocessing as mp
 from scoring_models import TinyDenoiser, images, tiny, tiny_plan
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffprune_fast.scoring import make_objective, score
+from diffprune_fast.scoring.accumulate import MicroScores, Work
+from diffprune_fast.scoring.tables import unit_table
 from diffprune_fast.scoring.untouched import check_weights, own_randomness, stand_ins
 
 torch.set_num_threads(1)
@@ -237,6 +240,71 @@ def test_an_infinite_gradient_names_the_parameter(estimator: str) -> None:
     model = Exploding().double()
     with pytest.raises(FloatingPointError, match=r"the gradient of conv1\.(weight|bias) is NaN or infinite"):
         score(model, [images(8)], tiny_plan(model), estimator=estimator, timesteps=[0], **QUICK)
+
+
+@pytest.mark.parametrize("estimator", ["micro", "mean"])
+@pytest.mark.parametrize("bad", [0, 5, 11])
+def test_a_nan_in_any_micro_batch_is_found_before_the_end(estimator: str, bad: int) -> None:
+    """The host looks every eighth time only, and at the last: an early one and one after the last look count too."""
+    calls = iter(range(1000))
+
+    def loss_fn(model: nn.Module, batch: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return model(batch, t).square().mean() * (float("nan") if next(calls) == bad else 1.0)
+
+    options = {**QUICK, "micro_batch": 4, "min_samples": 48, "max_samples": 48}
+    with pytest.raises(FloatingPointError, match=r"loss at timesteps \[3\]"):
+        score(
+            tiny(),
+            [images(8)],
+            tiny_plan(tiny()),
+            estimator=estimator,
+            loss_fn=loss_fn,
+            **{**options, "timesteps": [3]},
+        )
+
+
+def test_an_infinite_gradient_between_two_looks_names_the_parameter() -> None:
+    model = tiny()
+
+    def loss_fn(model: nn.Module, batch: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        out = model(batch, t)
+        marked = bool((batch[0, 0, 0, 0] == 5.0).item())
+        return ((Overflow.apply(model.conv_out.weight).sum() * 1e-9 if marked else 0.0) + out.square().mean()).view(())
+
+    batches = [images(4), images(4, seed=1)]
+    batches[1][0, 0, 0, 0] = 5.0
+    options = {**QUICK, "micro_batch": 4, "min_samples": 48, "max_samples": 48, "timesteps": [3]}
+    with pytest.raises(FloatingPointError, match=r"the gradient of conv_out\.weight is NaN or infinite"):
+        score(model, batches, tiny_plan(model), loss_fn=loss_fn, **options)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations for which the host waits for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_scoring_step_reads_nothing_back_until_it_is_asked_for_sums() -> None:
+    model = tiny()
+    plan = tiny_plan(model)
+    objective = make_objective(model)
+    work = Work(model, plan, objective, None, dict(model.named_parameters()), torch.device("cpu"), 0)  # type: ignore[arg-type]
+    collector = MicroScores(work, unit_table(plan), "abs")
+    batch, noise, t = images(4), images(4, seed=1), torch.tensor([1, 2, 3, 4])
+    with HostReads() as reads:
+        for k in range(3):
+            collector.add(k, lambda: work.mean_loss(batch, t, noise))
+        assert reads.found == []
+        collector.halves()
+        work.check_losses()
+    assert reads.found != []
 
 
 def test_a_mask_of_infinities_is_no_broken_weight_but_a_nan_in_a_buffer_is() -> None:

@@ -1,22 +1,26 @@
 """Step 7: a scoring step (forward, backward, channel_scores) eager, compiled and in a CUDA graph.
 
-What the scores cost is the difference to the same step without them.
+The step is the package's own, from ``Work.losses`` to ``MicroScores.add``: objective, hooks, buckets and the flags for
+what isn't finite. What the scores cost is the difference to the same step without them.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gpu_timing
 import torch
-from end_to_end import precision, unet
+from end_to_end import unet
 from gpu_timing import Step, reason, spread
 from torch import nn
 
 import diffprune_fast
 from diffprune_fast.ops import channel_scores_
+from diffprune_fast.scoring import make_objective
+from diffprune_fast.scoring.accumulate import MicroScores, Work
 from diffprune_fast.scoring.tables import unit_table
 
 BATCH = 32
@@ -26,32 +30,37 @@ class ScoringStep:
     """One micro-batch of the "micro" estimator, without its loader."""
 
     def __init__(self, step: Step, model: nn.Module, size: int, name: str, compiled: str = "") -> None:
-        self.step, self.name = step, name
         plan = diffprune_fast.trace(model)
-        self.model = copy.deepcopy(model).to(step.device)
-        self.forward = torch.compile(self.model, backend=compiled) if compiled else self.model
-        self.units = unit_table(plan)
-        parameters = dict(self.model.named_parameters())
-        self.parameters = [parameters[n] for n in self.units.names]
+        model = copy.deepcopy(model).to(step.device).eval()
+        self.parameters = dict(model.named_parameters())
+        units = unit_table(plan)
         batch = 2 if step.rehearsal else BATCH
-        self.images = torch.randn(batch, 3, size, size, device=step.device)
-        self.noise = torch.randn_like(self.images)
-        self.t = torch.randint(0, 1000, (batch,), device=step.device)
-        self.scores = torch.zeros(plan.n_units, dtype=torch.float64, device=step.device)
+        self.inputs = (
+            torch.randn(batch, 3, size, size, device=step.device),
+            torch.randint(0, 1000, (batch,), device=step.device),
+            torch.randn(batch, 3, size, size, device=step.device),
+        )
+        objective = make_objective(model).on(step.device)
+        if compiled:
+            model.compile(backend=compiled)  # in place: its signature and its config are still there to be read
+        autocast = torch.bfloat16 if name == "bf16" else None
+        self.work = Work(model, plan, objective, None, self.parameters, step.device, 0, autocast)  # type: ignore[arg-type]
+        self.collector = MicroScores(self.work, units, "abs")
+        thetas = {n: p.detach() for n, p in self.parameters.items()}
+        self.thetas = [thetas[n] for n in units.names]
+        self.grads = [torch.randn_like(t) for t in self.thetas]
+        self.scores, self.table = self.work.new_scores(), units.table
 
     def gradients(self) -> None:
-        self.model.zero_grad(set_to_none=True)
-        with precision(self.step, self.name):
-            loss = torch.nn.functional.mse_loss(self.forward(self.images, self.t).sample.float(), self.noise)
-        loss.backward()
+        for p in self.parameters.values():
+            p.grad = None
+        self.work.mean_loss(*self.inputs).backward()
 
     def score(self) -> None:
-        thetas, grads = [p.detach() for p in self.parameters], [p.grad for p in self.parameters]
-        channel_scores_(self.scores, thetas, grads, self.units.table)  # type: ignore[arg-type]
+        channel_scores_(self.scores, self.thetas, self.grads, self.table)
 
     def both(self, _: Any = None) -> None:
-        self.gradients()
-        self.score()
+        self.collector.add(0, partial(self.work.mean_loss, *self.inputs))
 
     def captured(self) -> Callable[[Any], None]:
         """The whole step as one CUDA graph."""
@@ -61,6 +70,8 @@ class ScoringStep:
             for _ in range(3):
                 self.both()
         torch.cuda.current_stream().wait_stream(stream)
+        self.collector.halves()
+        self.work.check_losses()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.both()
@@ -71,6 +82,8 @@ def measure(step: Step, model: nn.Module, size: int, name: str) -> None:
     labels = {"operation": "scoring step", "model": "cifar", "dtype": name}
     plain = ScoringStep(step, model, size, name)
     alone = spread(step.milliseconds(lambda _: plain.gradients()))
+    for p in plain.parameters.values():
+        p.grad = None
     step.row(**labels, provider="gradients only", **alone)
     both = spread(step.milliseconds(plain.both))
     step.row(**labels, provider="with scores", **both, share=(both["ms"] - alone["ms"]) / both["ms"])

@@ -7,7 +7,7 @@ samples, ``reference`` the reference's loop.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,19 +109,14 @@ def score(
     if not rule.needs_data:
         values = _without_data(model, plan, table, rule, seed, backend)
         return Scores(values, "none", criterion, seed, seconds=time.perf_counter() - begin)
-    objective = make_objective(model, scheduler, loss_fn)
-    asked = None if timesteps is None else _check_timesteps(timesteps, objective.n_timesteps)
+    objective = make_objective(model, scheduler, loss_fn).on(device)
+    asked = None if timesteps is None else check_timesteps(timesteps, objective.n_timesteps)
     limit = (reading.threshold if threshold is None else threshold) if rule.thresholded and asked is None else None
-
-    def check(batch: Any) -> None:
-        check_images(model, batch, channels=loss_fn is None)
-        if loss_fn is None:
-            read_batch(model, batch)
 
     if loader is None:
         raise ValueError(f"criterion {criterion!r} needs images: give a loader (only magnitude and random need none)")
     with own_randomness(seed, loader), torch.inference_mode(False), torch.enable_grad():
-        batches = Batches(loader, check)
+        batches = Batches(loader, batch_check(model, loss_fn))
         with stand_ins(model, table.parameters) as parameters:
             work = Work(
                 model, plan, objective, batches, parameters, device, seed, AUTOCAST[autocast], backend, progress
@@ -162,10 +157,7 @@ def _sampled(
     asked: np.ndarray | None,
     **limits: Any,
 ) -> dict[str, Any]:
-    curve, allowed = None, np.arange(work.objective.n_timesteps) if asked is None else asked
-    if threshold is not None and work.objective.n_timesteps > 1:
-        curve = _curve(work, threshold)
-        allowed = curve.kept_timesteps
+    curve, allowed = counted_timesteps(work, threshold) if asked is None else (None, asked)
     element = rule.element or "abs"
     collector = MicroScores(work, table, element) if estimator == "micro" else MeanGradient(work, table, element)
     values, samples, agreed = until_agreed(work, collector, allowed=allowed, split_ranks=estimator == "micro", **limits)
@@ -192,6 +184,25 @@ def _reference(
     values, walk = reference_scores(work, cells, variant=reading, threshold=threshold)
     curve = walk.curve(threshold) if threshold is not None and len(walk.timesteps) > 1 else None
     return {"values": values, "samples": walk.samples, "agreement": None, "curve": curve}
+
+
+def batch_check(model: nn.Module, loss_fn: LossFunction | None) -> Callable[[Any], None]:
+    """What every batch of a loader has to stand; a ``loss_fn`` may take what the model alone doesn't."""
+
+    def check(batch: Any) -> None:
+        check_images(model, batch, channels=loss_fn is None)
+        if loss_fn is None:
+            read_batch(model, batch)
+
+    return check
+
+
+def counted_timesteps(work: Work, threshold: float | None) -> tuple[LossCurve | None, np.ndarray]:
+    """The timesteps with ``L_t > T * L_max``, and the curve that says so; without a threshold all of them, and None."""
+    if threshold is None or work.objective.n_timesteps < 2:
+        return None, np.arange(work.objective.n_timesteps)
+    curve = _curve(work, threshold)
+    return curve, curve.kept_timesteps
 
 
 def _curve(work: Work, threshold: float) -> LossCurve:
@@ -268,7 +279,7 @@ def _check_plan(model: nn.Module, plan: Plan, table: UnitTable) -> None:
             raise ValueError(f"{name} is {p.dtype}: quantised weights have no gradient, score the model before that")
 
 
-def _check_timesteps(timesteps: Sequence[int], n: int) -> np.ndarray:
+def check_timesteps(timesteps: Sequence[int], n: int) -> np.ndarray:
     asked = np.unique(np.asarray(list(timesteps)))
     if asked.size == 0 or not np.issubdtype(asked.dtype, np.integer) or asked[0] < 0 or asked[-1] >= n:
         raise ValueError(f"timesteps must be integers from 0 to {n - 1}, at least one; got {list(timesteps)[:8]}")

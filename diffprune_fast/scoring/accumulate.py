@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +45,10 @@ class Work:
     autocast: torch.dtype | None = None
     backend: str = "auto"
     progress: bool = True
+    _failed: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._failed = torch.zeros(self.objective.n_timesteps, dtype=torch.int32, device=self.device)
 
     def new_scores(self) -> Tensor:
         """``(n_units,)`` zeros, in double precision where the device has it."""
@@ -56,32 +61,41 @@ class Work:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def losses(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
-        """``(batch,)`` losses, or a scalar where a ``loss_fn`` has no more.
+        """``(batch,)`` losses, or a scalar where a ``loss_fn`` has no more. The host doesn't wait for the device.
 
-        Raises FloatingPointError naming the timesteps for a NaN or infinite one, ValueError where nothing can be
+        A NaN or infinite one is remembered until :meth:`check_losses`. Raises ValueError where nothing can be
         differentiated.
         """
         with self.precision():
             losses = self.objective.loss(self.model, batch, t, noise, reduction="none")
         if torch.is_grad_enabled() and not losses.requires_grad:
             raise ValueError("the loss doesn't depend on the model's parameters: there is no gradient to score with")
-        finite = torch.isfinite(losses.detach())
-        if not bool(finite.all()):
-            where = t[~finite] if losses.ndim else t
-            steps = sorted(set(where.tolist()))
-            raise FloatingPointError(f"NaN or infinite loss at timesteps {steps[:8]}")
+        bad = ~torch.isfinite(losses.detach())
+        self._failed.index_add_(0, t, (bad if bad.shape == t.shape else bad.any().expand(len(t))).int())
         return losses
+
+    def mean_loss(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
+        return self.losses(batch, t, noise).mean()
+
+    def check_losses(self) -> None:
+        """Raise FloatingPointError, naming the timesteps, if a loss since the start was NaN or infinite."""
+        steps = self._failed.nonzero().flatten().tolist()
+        if steps:
+            raise FloatingPointError(f"NaN or infinite loss at timesteps {steps[:8]}")
 
     def draw(self, k: int, size: int, allowed: np.ndarray) -> tuple[Any, Tensor, Tensor]:
         """Micro-batch ``k``: images, timesteps and noise, the same on any number of ranks."""
         batch = moved(self.batches.take(size), self.device)
         noise = self.objective.noise(batch, generator_for(self.seed, NOISE, k))
         t = stratified(allowed, count(batch), generator_for(self.seed, TIMESTEPS, k))
-        return batch, t.to(self.device), noise
+        return batch, t.to(self.device, non_blocking=True), noise
 
 
 class Collector(Protocol):
-    """Adds up micro-batches in two halves, odd and even."""
+    """Adds up micro-batches in two halves, odd and even. Adding waits for nothing; asking for sums looks at them.
+
+    Asking raises FloatingPointError, naming the parameter, where a gradient was NaN or infinite.
+    """
 
     def add(self, k: int, loss: Callable[[], Tensor]) -> None: ...
 
@@ -98,7 +112,8 @@ class MicroScores:
     """``sum over micro-batches of |theta * g|``; gradients are consumed as soon as backward has made them.
 
     Hooks gather gradients into buckets; a full bucket becomes unit scores and its memory is given back, so that the
-    gradients of the whole model are never there at once.
+    gradients of the whole model are never there at once. Micro-batches are kept until their scores were seen to be
+    finite, so that one that isn't can be walked again.
     """
 
     def __init__(self, work: Work, table: UnitTable, element: str, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -106,6 +121,7 @@ class MicroScores:
         self._bucket_bytes = bucket_bytes
         self._current = work.new_scores()
         self._halves = torch.stack([self._current, self._current])
+        self._unseen: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._waiting: list[str] = []
         self._bytes = 0
 
@@ -114,12 +130,16 @@ class MicroScores:
         with GradientHooks(self._work.parameters, self._arrived):
             loss().backward()
             self._flush()
-        if not bool(torch.isfinite(self._current).all()):
-            self._blame(loss)
+        self._unseen.append((torch.isfinite(self._current).all(), loss))
         # "signed" scores are only added up within a micro-batch: the sum over micro-batches is of absolute values.
         self._halves[k % 2] += self._current.abs()
 
     def halves(self) -> Tensor:
+        if self._unseen:
+            finite = torch.stack([found for found, _ in self._unseen]).tolist()
+            if not all(finite):
+                self._blame(self._unseen[finite.index(False)][1])
+            self._unseen.clear()
         return summed_over_ranks(self._halves)
 
     def total(self) -> Tensor:
@@ -207,12 +227,13 @@ def until_agreed(
         for k in range(most):
             batch, t, noise = work.draw(k, micro_batch, allowed)
             if k % ranks == rank:
-                collector.add(k, lambda: work.losses(batch, t, noise).mean())  # noqa: B023 - called at once
+                collector.add(k, partial(work.mean_loss, batch, t, noise))
             samples += count(batch)
             bar.update(count(batch))
             done = k + 1
             if done % CHECK_EVERY and done != most:
                 continue
+            work.check_losses()
             if done > 1:
                 a, b = collector.halves().double().cpu().numpy()
                 found = keep_set_agreement(work.plan, a, b, agreement_ratio)

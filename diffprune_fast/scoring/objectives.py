@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,15 @@ class Objective:
         device = generator.device if generator is not None else torch.device("cpu")
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         noise = torch.randn(images.shape, generator=generator, device=device, dtype=torch.float32)
-        return noise.to(images.device, dtype)
+        return noise.to(images.device, dtype, non_blocking=True)
+
+    def on(self, device: torch.device) -> Objective:
+        """The same with its tables on ``device`` (not on mps, which has no double precision), so that no timestep has
+        to come back to the host to look itself up."""
+        if device.type == "mps":
+            return self
+        signal, sigma, time = (x if x is None else x.to(device) for x in (self.signal, self.sigma, self.time))
+        return replace(self, signal=signal, sigma=sigma, time=time)
 
     def loss(self, model: nn.Module, batch: Any, t: Tensor | int, noise: Tensor, *, reduction: str = "mean") -> Tensor:
         """The training loss of ``model``.

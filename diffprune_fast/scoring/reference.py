@@ -62,6 +62,7 @@ class OneBatch:
         batch = self._batch if k == 1 else repeated(self._batch, k)
         noise = self._noise if k == 1 else self._noise.repeat(k, *[1] * (self._noise.ndim - 1))
         losses = self._work.losses(batch, t, noise)
+        self._work.check_losses()  # the loop looks at every loss: it waits for the device anyway
         if losses.ndim == 0:
             self._most = 1  # a scalar loss can't be told apart by timestep: one timestep per pass
             return losses.view(1) * self._factor

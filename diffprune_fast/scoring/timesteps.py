@@ -57,12 +57,14 @@ def measure_curve(
 
     Raises FloatingPointError, naming the timestep, for a NaN or infinite loss.
     """
-    losses = np.zeros(len(timesteps))
-    for i, t in enumerate(timesteps.tolist()):
+    found = []
+    for t in timesteps.tolist():
         at = torch.full((count(batch),), t, device=noise.device)
-        losses[i] = float(objective.loss(model, batch, at, noise))
-        if not np.isfinite(losses[i]):
-            raise FloatingPointError(f"the loss at timestep {t} is {losses[i]}")
+        found.append(objective.loss(model, batch, at, noise))
+    losses = torch.stack(found).double().cpu().numpy()  # the host waits for the device here alone
+    if not np.isfinite(losses).all():
+        i = int(np.flatnonzero(~np.isfinite(losses))[0])
+        raise FloatingPointError(f"the loss at timestep {timesteps[i]} is {losses[i]}")
     if losses.max() <= 0:
         raise ValueError("the loss is nowhere positive, so that no threshold can be drawn: pass timesteps=range(…)")
     return LossCurve(timesteps, losses, threshold)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import diffprune_fast
+from diffprune_fast.scoring import make_objective
+from diffprune_fast.scoring.accumulate import MicroScores, Work
+from diffprune_fast.scoring.batches import Batches
+from diffprune_fast.scoring.tables import unit_table
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -55,3 +61,32 @@ def test_score_and_prune_leaves_a_model_that_runs_and_trains(unet: torch.nn.Modu
     out.square().mean().backward()
     assert out.shape == (2, 3, 16, 16)
     assert all(p.grad is not None and p.grad.shape == p.shape for p in result.model.parameters())
+
+
+@pytest.mark.needs_cuda
+def test_a_scoring_step_never_waits_and_can_be_captured(unet: torch.nn.Module, device: torch.device) -> None:
+    plan = diffprune_fast.trace(unet)
+    unet = unet.to(device).eval()
+    objective = make_objective(unet).on(device)
+    work = Work(unet, plan, objective, Batches([torch.rand(8, 3, 16, 16) * 2 - 1], lambda _: None),
+                dict(unet.named_parameters()), device, 0)  # fmt: skip
+    collector = MicroScores(work, unit_table(plan), "abs")
+    batch, t, noise = work.draw(0, 8, np.arange(1000))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            collector.add(0, partial(work.mean_loss, batch, t, noise))
+    torch.cuda.current_stream().wait_stream(stream)
+    before = collector.halves()[0].clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        collector.add(0, partial(work.mean_loss, *work.draw(1, 8, np.arange(1000))))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    between = collector.halves()[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        collector.add(0, partial(work.mean_loss, batch, t, noise))
+    graph.replay()
+    torch.testing.assert_close(collector.halves()[0] - between, before / 3, rtol=1e-3, atol=1e-12)
