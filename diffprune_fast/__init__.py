@@ -17,6 +17,7 @@ _PUBLIC = {
     "PruneResult": "result",
     "score_and_prune": "pipeline",
     "from_pretrained": "checkpoint",
+    "pipeline_from_pretrained": "pipelines",
     "ops": "ops",
 }
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from . import ops as ops
     from .checkpoint import from_pretrained as from_pretrained
     from .pipeline import score_and_prune as score_and_prune
+    from .pipelines import pipeline_from_pretrained as pipeline_from_pretrained
     from .result import PruneResult as PruneResult
     from .scoring import Scores as Scores
     from .scoring import score as score

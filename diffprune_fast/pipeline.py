@@ -12,17 +12,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from .pipelines import encoded, find_component, is_pipeline, put_back
 from .result import PruneResult
+from .scoring import example_inputs as from_first_batch
 from .scoring import score
 from .selection import select
 from .slicing import dry_run, prune
 from .tracing import Plan, trace
+from .tracing.inputs import knows_inputs
 
 
 def score_and_prune(
-    model: nn.Module,
+    model: Any,
     loader: Iterable[Any] | None,
     *,
+    component: str | None = None,
     ratio: float | None = None,
     params: float | None = None,
     macs: float | None = None,
@@ -36,8 +40,9 @@ def score_and_prune(
 ) -> PruneResult:
     """Make a trained diffusion model smaller: remove the channels that its loss needs least.
 
-    loader: images as the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also
-    ``(images, labels)`` pairs or dicts with conditioning inputs. ratio, params, macs: the budget, one of them; nothing
+    model: a module, or a diffusers pipeline, of which ``component`` (None: the denoiser) is pruned. loader: images as the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also
+    ``(images, labels)`` pairs or dicts with conditioning inputs; for a pipeline also ``(images, captions)``, see
+    :func:`encoded`. ratio, params, macs: the budget, one of them; nothing
     is ``ratio=0.3``. ``inplace=False`` leaves the model alone and prunes a copy. ``plan``: what :func:`trace` gave, if
     it is there already. Further options are those of :func:`score` (``scheduler``, ``estimator``, ``threshold``, …)
     and of :func:`select` (``ranking``, ``round_to``, ``ignore``, …).
@@ -55,6 +60,17 @@ def score_and_prune(
     budget: dict[str, Any] = {"ratio": ratio, "params": params, "macs": macs}
     started = time.perf_counter()
 
+    pipe, name = (model, component) if is_pipeline(model) else (None, None)
+    if pipe is not None:
+        name, model = find_component(pipe, component)
+        scoring.setdefault("scheduler", pipe.scheduler)
+        loader = None if loader is None else encoded(pipe, loader, name)
+    elif component is not None:
+        raise TypeError(f"component={component!r} is for pipelines; this is a {type(model).__name__}")
+
+    if example_inputs is None and loader is not None and not knows_inputs(model):
+        known = {n: scoring.get(n) for n in ("scheduler", "loss_fn")}
+        example_inputs, loader = from_first_batch(model, loader, **known, seed=seed)
     if plan is None:
         plan = trace(model, example_inputs)
     traced = time.perf_counter()
@@ -87,7 +103,7 @@ def score_and_prune(
         "select": selected - scored,
         **result.seconds,
     }
-    return result
+    return result if pipe is None else put_back(pipe, name, result)
 
 
 def _sorted_out(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -35,7 +35,8 @@ class PruneResult:
     model: the pruned model. plan: the plan of the model as it was. keep: group name to the sorted unit indices that
     stay. before, after: what it cost and what it costs. shapes: every parameter and floating-point buffer after
     slicing. attributes: the module attributes that slicing changed (``"conv_in.out_channels"`` to the new value).
-    seconds: wall-clock time per stage.
+    seconds: wall-clock time per stage. pipeline, component: the diffusers pipeline that the model is part of, and the
+    model's name there; None for a model alone.
     """
 
     model: nn.Module
@@ -50,9 +51,16 @@ class PruneResult:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
+    pipeline: Any = None
+    component: str | None = None
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write safetensors, ``config.json`` and ``diffprune.json`` into ``directory``."""
+        """Write safetensors, ``config.json`` and ``diffprune.json`` into ``directory``; the whole pipeline, if one was
+        given."""
+        if self.pipeline is not None:
+            from .pipelines.saving import save_pipeline
+
+            return save_pipeline(self, directory)
         from .checkpoint import save
 
         save(self, directory)

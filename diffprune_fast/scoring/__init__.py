@@ -17,8 +17,9 @@ from torch import nn
 from ..ops import channel_scores_
 from ..tracing.plan import Plan
 from .accumulate import MeanGradient, MicroScores, Work, rank_and_count, summed_over_ranks, until_agreed
-from .batches import Batches, check_images
-from .conditioning import moved, read_batch
+from .batches import Batches, check_batch
+from .calls import example_inputs
+from .conditioning import moved
 from .criteria import CRITERIA, VARIANTS, Criterion, Variant
 from .objectives import LossFunction, Objective, make_objective
 from .reference import reference_scores
@@ -34,6 +35,7 @@ __all__ = [
     "LossCurve",
     "Objective",
     "Scores",
+    "example_inputs",
     "keep_set_agreement",
     "make_objective",
     "score",
@@ -112,16 +114,10 @@ def score(
     objective = make_objective(model, scheduler, loss_fn)
     asked = None if timesteps is None else _check_timesteps(timesteps, objective.n_timesteps)
     limit = (reading.threshold if threshold is None else threshold) if rule.thresholded and asked is None else None
-
-    def check(batch: Any) -> None:
-        check_images(model, batch, channels=loss_fn is None)
-        if loss_fn is None:
-            read_batch(model, batch)
-
     if loader is None:
         raise ValueError(f"criterion {criterion!r} needs images: give a loader (only magnitude and random need none)")
     with own_randomness(seed, loader), torch.inference_mode(False), torch.enable_grad():
-        batches = Batches(loader, check)
+        batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn))
         with stand_ins(model, table.parameters) as parameters:
             work = Work(
                 model, plan, objective, batches, parameters, device, seed, AUTOCAST[autocast], backend, progress

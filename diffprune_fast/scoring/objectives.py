@@ -208,13 +208,25 @@ def _reconstruction_error(model: nn.Module, images: Tensor) -> Tensor:
     dtype = dtype_of(model)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     encoded = model.encode(images.to(dtype))  # type: ignore[operator]
+    decoded = model.decode(latents_of(encoded))  # type: ignore[operator]
+    error = (first_tensor(decoded).to(wide) - images.to(wide)).square()
+    posterior = getattr(encoded, "latent_dist", None)
+    beside: Tensor | None = getattr(decoded, "commit_loss", None)
+    if posterior is not None:
+        # Both losses are sums over an image there, and the mean over the image's elements here.
+        beside = KL_WEIGHT * posterior.kl() / error[0].numel()
+    return error if beside is None else error + beside.to(wide).view(-1, *[1] * (error.ndim - 1))
+
+
+def latents_of(encoded: Any, generator: torch.Generator | None = None) -> Tensor:
+    """The latents in an autoencoder's answer to ``encode``.
+
+    generator: draws from the distribution that the encoder describes; None takes its mode.
+    """
     posterior = getattr(encoded, "latent_dist", None)
     if posterior is None:
-        return (first_tensor(model(images.to(dtype))).to(wide) - images.to(wide)).square()
-    output = first_tensor(model.decode(posterior.mode())).to(wide)  # type: ignore[operator]
-    error = (output - images.to(wide)).square()
-    kl = posterior.kl().to(wide) / posterior.mean[0].numel()
-    return error + KL_WEIGHT * kl.view(-1, *[1] * (error.ndim - 1))
+        return first_tensor(encoded)
+    return posterior.mode() if generator is None else posterior.sample(generator)
 
 
 def _reduced_already(loss: Tensor, reduction: str) -> Tensor:

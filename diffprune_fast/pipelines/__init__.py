@@ -1,0 +1,13 @@
+"""Whole diffusers pipelines: which component is pruned, what it is trained with, how the pipeline is kept.
+
+``components`` finds the component and puts the pruned one back, ``encoding`` turns images and captions into what the
+denoiser takes, ``saving`` writes and reads pipelines with pruned components.
+"""
+
+from __future__ import annotations
+
+from .components import find_component, is_pipeline, put_back
+from .encoding import encoded
+from .saving import pipeline_from_pretrained
+
+__all__ = ["encoded", "find_component", "is_pipeline", "pipeline_from_pretrained", "put_back"]

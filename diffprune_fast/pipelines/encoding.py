@@ -1,0 +1,235 @@
+"""From images and captions to what a pipeline's denoiser is trained with.
+
+The pipeline itself says what its denoiser takes: it is called with the captions, and stopped at the denoiser's first
+call. Whatever belongs to that call beside the noisy latents and the timestep (embeddings, masks, sizes, positions,
+guidance) is the conditioning; the latents come from the images.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluation.modes import in_mode
+from ..scoring.batches import as_loader, check_images
+from ..scoring.calls import recorded_call
+from ..scoring.conditioning import LABEL_KEYS, TIMESTEP_NAMES, config_of, is_autoencoder, signature_of, wants_labels
+from ..scoring.objectives import dtype_of, latents_of
+from .components import autoencoder_of, find_component, modules_of
+
+IMAGE_KEYS = ("images", "image", "pixel_values")
+CAPTION_KEYS = ("prompt", "prompts", "caption", "captions", "text", "texts")
+# What a call is made with, where the pipeline knows it. Guidance would double the batch; where "true_cfg_scale" turns
+# it on, "guidance_scale" is an input of the denoiser and stays the pipeline's own.
+SETTINGS: Mapping[str, Any] = {
+    "num_inference_steps": 2,
+    "output_type": "latent",
+    "use_resolution_binning": False,
+    "true_cfg_scale": 1.0,
+}
+
+
+def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[Any]:
+    """The loader's batches as ``pipe``'s component is trained with them, for :func:`score` and ``finetune``.
+
+    loader: batches of images ``(batch, 3, height, width)`` in [-1, 1], ``(images, captions)`` or ``(images, labels)``
+    pairs, or dicts with ``images``, ``captions``, ``class_labels`` and further arguments of the pipeline's call, such
+    as ``prompt_embeds``. component: the denoiser (None) or its name; an autoencoder gets the images alone, any other
+    component the batches as they are. Batches are encoded as they are drawn, without gradients, and not kept.
+
+    Raises ValueError for a pipeline whose images or captions can't be encoded.
+    """
+    name, model = find_component(pipe, component)
+    encode: Callable[[Any], Any]
+    if is_autoencoder(model):
+        encode = images_alone
+    elif any(name in inspect.signature(model.forward).parameters for name in TIMESTEP_NAMES):
+        encode = Encoder(pipe, name, model)
+    else:
+        return loader
+    loader = as_loader(loader)
+    return map(encode, loader) if isinstance(loader, Iterator) else Encoded(loader, encode)
+
+
+class Encoded:
+    """A loader whose batches are encoded as they are drawn; it can be walked as often as the loader itself."""
+
+    def __init__(self, loader: Iterable[Any], encode: Callable[[Any], Any]) -> None:
+        self._loader, self._encode = loader, encode
+        # Their states are given back after scoring, as the loader's own.
+        self.generator, self.sampler = getattr(loader, "generator", None), getattr(loader, "sampler", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._encode, self._loader)
+
+
+class Encoder:
+    """Encodes batches for one denoiser of a pipeline, which is left as it is."""
+
+    def __init__(self, pipe: Any, name: str, model: nn.Module) -> None:
+        if any(part in pipe.components for part in ("controlnet", "adapter")):
+            raise ValueError(
+                f"{type(pipe).__name__} is steered by a network that looks at the noisy images: prune the {name} in the "
+                "text-to-image pipeline of the same parts, or alone with loss_fn"
+            )
+        self.model = model
+        self.vae = _upcast(autoencoder_of(pipe))
+        self.pipe = _stopped_copy(pipe, name, model)
+        self.known = set(inspect.signature(pipe.__call__).parameters)
+
+    def __call__(self, batch: Any) -> dict[str, Any]:
+        """The denoiser's inputs, by name, without the timestep; the latents are not noisy.
+
+        Raises ValueError for missing captions, images that the VAE can't take or of a size that the pipeline doesn't
+        make.
+        """
+        images, given = read(batch)
+        check_images(self.vae or self.model, images)
+        with torch.no_grad(), in_mode(nn.ModuleList(modules_of(self.pipe).values()), training=False):
+            inputs = recorded_call(self.model, lambda: self._call(images, given))
+            signature = signature_of(self.model)
+            noisy = inputs[signature.sample]
+            latents = images if self.vae is None else normalised(self.vae, encode_images(self.vae, images))
+            latents = self._packed(latents, noisy)
+        if latents.shape != noisy.shape:
+            raise ValueError(
+                f"{type(self.pipe).__name__} gives its {type(self.model).__name__} {tuple(noisy.shape)}, the loader's "
+                f"images {tuple(images.shape)} become {tuple(latents.shape)}: give images of the size that the "
+                "pipeline makes, or encode them yourself and prune the component alone"
+            )
+        labels = given.get("class_labels")
+        if labels is not None and wants_labels(self.model):
+            inputs["class_labels"] = torch.as_tensor(labels)
+        dropped = (signature.sample, signature.timestep, "return_dict")
+        return {
+            signature.sample: latents,
+            **{k: v for k, v in inputs.items() if k not in dropped and v is not None},
+        }
+
+    def _call(self, images: Tensor, given: Mapping[str, Any]) -> None:
+        """Call the pipeline for as many images, of that size."""
+        arguments: dict[str, Any] = {
+            "batch_size": len(images),
+            "height": images.shape[-2],
+            "width": images.shape[-1],
+            "generator": torch.Generator().manual_seed(0),
+            **SETTINGS,
+            **({} if "true_cfg_scale" in self.known else {"guidance_scale": 1.0}),
+            **given,
+        }
+        if "prompt" in self.known and "prompt" not in given and "prompt_embeds" not in given:
+            raise ValueError(
+                f"{type(self.pipe).__name__} needs captions, but the loader's batches don't have them: yield "
+                "(images, captions), captions a list of strings ('' for none)"
+            )
+        if "class_labels" in self.known and "class_labels" not in given:
+            raise ValueError(f"{type(self.pipe).__name__} needs class labels: let the loader yield (images, labels)")
+        try:
+            self.pipe(**{k: v for k, v in arguments.items() if k in self.known})
+        except (TypeError, ValueError, AttributeError) as e:
+            raise ValueError(
+                f"{type(self.pipe).__name__} can't be called with images of {images.shape[-2]}x{images.shape[-1]} and "
+                f"{sorted(given) or 'nothing else'}: {e}"
+            ) from e
+
+    def _packed(self, latents: Tensor, noisy: Tensor) -> Tensor:
+        """Latents as tokens, where the pipeline packs them so."""
+        pack = getattr(self.pipe, "_pack_latents", None)
+        if pack is None or noisy.ndim != 3 or latents.ndim != 4:
+            return latents
+        n, channels, height, width = latents.shape
+        sizes = {"batch_size": n, "num_channels_latents": channels, "height": height, "width": width}
+        if set(inspect.signature(pack).parameters) != {"latents", *sizes}:
+            return latents
+        return pack(latents.contiguous(), *sizes.values())
+
+
+def read(batch: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The images of a batch, and arguments for the pipeline's call: ``prompt``, ``class_labels`` and others by name.
+
+    Raises TypeError for a batch that is neither images nor a pair nor a dict.
+    """
+    if isinstance(batch, Tensor):
+        return batch, {}
+    if isinstance(batch, Mapping):
+        given = dict(batch)
+        images = next((given.pop(k) for k in IMAGE_KEYS if isinstance(given.get(k), Tensor)), None)
+        for name, keys in (("prompt", CAPTION_KEYS), ("class_labels", LABEL_KEYS)):
+            key = next((k for k in keys if k in given), None)
+            if key is not None:
+                given[name] = _rows(given.pop(key))
+        if images is not None:
+            return images, given
+    elif isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor) and len(batch) <= 2:
+        if len(batch) == 1:
+            return batch[0], {}
+        beside = _rows(batch[1])
+        if isinstance(beside, list) and all(isinstance(x, str) for x in beside):
+            return batch[0], {"prompt": beside}
+        if isinstance(beside, list) and all(isinstance(x, int) for x in beside):
+            return batch[0], {"class_labels": beside}
+    raise TypeError(
+        f"the loader yields {type(batch).__name__}, which is no batch for a pipeline: give images, (images, captions), "
+        "(images, labels) or a dict with 'images', 'captions', 'class_labels'"
+    )
+
+
+def images_alone(batch: Any) -> Tensor:
+    """What an autoencoder is trained with."""
+    return read(batch)[0]
+
+
+def _rows(value: Any) -> Any:
+    """Captions or labels as a list with one entry per image."""
+    if isinstance(value, Tensor):
+        return value.reshape(-1).tolist()
+    return [value] if isinstance(value, str) else list(value)
+
+
+@torch.no_grad()
+def encode_images(vae: nn.Module, images: Tensor) -> Tensor:
+    """Latents as the VAE makes them, drawn from its distribution where it has one.
+
+    Drawn from the CPU's global generator, which scoring seeds: the same numbers for every device.
+    """
+    device = next(vae.parameters()).device
+    return latents_of(vae.encode(images.to(device, dtype_of(vae))), torch.default_generator).float()  # type: ignore[operator]
+
+
+def normalised(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Latents as the denoiser knows them: the inverse of what pipelines do before ``vae.decode``."""
+    config = config_of(vae)
+    mean, std, shift = config.get("latents_mean"), config.get("latents_std"), config.get("shift_factor")
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    if mean is not None and std is not None:
+        mean, std = (torch.as_tensor(x, dtype=latents.dtype, device=latents.device).view(shape) for x in (mean, std))
+        latents = (latents - mean) / std
+    elif shift is not None:
+        latents = latents - shift
+    return latents * (config.get("scaling_factor") or 1.0)
+
+
+def _upcast(vae: nn.Module | None) -> nn.Module | None:
+    """A VAE that overflows in half precision, in single precision: a copy, as the pipelines decode with."""
+    if vae is None or dtype_of(vae) != torch.float16 or not config_of(vae).get("force_upcast"):
+        return vae
+    return copy.deepcopy(vae).float().eval()
+
+
+def _stopped_copy(pipe: Any, name: str, model: nn.Module) -> Any:
+    """A shallow copy that may be called: with its own scheduler, silent, on the device of its text encoders."""
+    modules = modules_of(pipe)
+    encoders = [m for n, m in modules.items() if n.startswith("text_encoder")]
+    device = next((encoders or [model])[0].parameters()).device
+    twin = copy.copy(pipe)
+    setattr(twin, name, model)
+    twin.scheduler = copy.deepcopy(pipe.scheduler)
+    twin.set_progress_bar_config(disable=True)
+    on_device = {"device": property(lambda _: device), "_execution_device": property(lambda _: device)}
+    twin.__class__ = type(type(pipe).__name__, (type(pipe),), on_device)
+    return twin
