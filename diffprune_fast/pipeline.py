@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,7 @@ from torch import nn
 
 from .pipelines import encoded, find_component, is_pipeline, put_back
 from .result import PruneResult
-from .scoring import example_inputs as from_first_batch
-from .scoring import score
+from .scoring import first_call, score
 from .selection import select
 from .slicing import dry_run, prune
 from .tracing import Plan, trace
@@ -40,12 +40,13 @@ def score_and_prune(
 ) -> PruneResult:
     """Make a trained diffusion model smaller: remove the channels that its loss needs least.
 
-    model: a module, or a diffusers pipeline, of which ``component`` (None: the denoiser) is pruned. loader: images as the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also
-    ``(images, labels)`` pairs or dicts with conditioning inputs; for a pipeline also ``(images, captions)``, see
-    :func:`encoded`. ratio, params, macs: the budget, one of them; nothing
-    is ``ratio=0.3``. ``inplace=False`` leaves the model alone and prunes a copy. ``plan``: what :func:`trace` gave, if
-    it is there already. Further options are those of :func:`score` (``scheduler``, ``estimator``, ``threshold``, …)
-    and of :func:`select` (``ranking``, ``round_to``, ``ignore``, …).
+    model: a module, or a diffusers pipeline, of which ``component`` is pruned (None: the denoiser). loader: images as
+    the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also ``(images, labels)`` pairs or dicts
+    with conditioning inputs; for a pipeline images and captions, see :func:`~diffprune_fast.pipelines.encoded`.
+    ratio, params, macs: the budget, one of them; nothing is ``ratio=0.3``. ``inplace=False`` leaves the model alone and
+    prunes a copy. ``example_inputs``: as in :func:`trace`; where a class isn't known the loader's first batch serves.
+    ``plan``: what :func:`trace` gave, if it is there already. Further options are those of :func:`score`
+    (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select` (``ranking``, ``round_to``, ``ignore``, …).
 
     The budget and the slicing are rehearsed before the scores are computed, and nothing of the model changes before
     everything is checked: if this raises, the model is as it was.
@@ -60,17 +61,10 @@ def score_and_prune(
     budget: dict[str, Any] = {"ratio": ratio, "params": params, "macs": macs}
     started = time.perf_counter()
 
-    pipe, name = (model, component) if is_pipeline(model) else (None, None)
-    if pipe is not None:
-        name, model = find_component(pipe, component)
-        scoring.setdefault("scheduler", pipe.scheduler)
-        loader = None if loader is None else encoded(pipe, loader, name)
-    elif component is not None:
-        raise TypeError(f"component={component!r} is for pipelines; this is a {type(model).__name__}")
-
+    model, loader, put_back = _opened(model, component, loader, scoring)
     if example_inputs is None and loader is not None and not knows_inputs(model):
-        known = {n: scoring.get(n) for n in ("scheduler", "loss_fn")}
-        example_inputs, loader = from_first_batch(model, loader, **known, seed=seed)
+        how = {name: scoring.get(name) for name in ("scheduler", "loss_fn")}
+        example_inputs, loader = first_call(model, loader, seed=seed, **how)
     if plan is None:
         plan = trace(model, example_inputs)
     traced = time.perf_counter()
@@ -103,7 +97,23 @@ def score_and_prune(
         "select": selected - scored,
         **result.seconds,
     }
-    return result if pipe is None else put_back(pipe, name, result)
+    return put_back(result)
+
+
+def _opened(
+    model: Any, component: str | None, loader: Iterable[Any] | None, scoring: dict[str, Any]
+) -> tuple[nn.Module, Iterable[Any] | None, Callable[[PruneResult], PruneResult]]:
+    """The module to prune, what it is scored with, and what puts it back: a pipeline's component is trained with its
+    scheduler, on what its VAE and text encoders make of the loader's batches (``loss_fn`` gets them as they are)."""
+    if not is_pipeline(model):
+        if component is not None:
+            raise TypeError(f"component={component!r} is for pipelines; {type(model).__name__} is none")
+        return model, loader, lambda result: result
+    name, module = find_component(model, component)
+    scoring.setdefault("scheduler", getattr(model, "scheduler", None))
+    if loader is not None and scoring.get("loss_fn") is None:
+        loader = encoded(model, loader, name)
+    return module, loader, partial(put_back, model, name)
 
 
 def _sorted_out(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

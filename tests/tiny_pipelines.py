@@ -6,20 +6,27 @@ from typing import Any
 
 import diffusers
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config
-from transformers import PreTrainedTokenizerFast, T5EncoderModel
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
-TOKENS = 8
+TOKENS = 20
 WORDS = ["a", "red", "green", "small", "large", "cat", "house", "tree"]
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Every word of ``WORDS`` is a token, and every letter."""
+    """Every letter is a token."""
     letters = sorted(set("".join(WORDS)))
-    vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=TOKENS
-    )
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
 
 
 def t5_tokenizer() -> Any:
@@ -91,8 +98,8 @@ def _text_unet(**changes: Any) -> Any:
     return diffusers.UNet2DConditionModel(**config)
 
 
-def ddpm() -> Any:
-    return diffusers.DDPMPipeline(unet=_unet(sample_size=16), scheduler=diffusers.DDPMScheduler())
+def ddpm(**changes: Any) -> Any:
+    return diffusers.DDPMPipeline(unet=_unet(sample_size=16, **changes), scheduler=diffusers.DDPMScheduler())
 
 
 def ldm() -> Any:
@@ -109,18 +116,17 @@ def ldm() -> Any:
     return diffusers.LDMPipeline(vqvae=vqvae.eval(), unet=unet, scheduler=diffusers.DDIMScheduler())
 
 
-def stable_diffusion(**changes: Any) -> Any:
+def stable_diffusion() -> Any:
     tokenizer = clip_tokenizer()
-    parts = {
-        "unet": _text_unet(),
-        "scheduler": diffusers.PNDMScheduler(skip_prk_steps=True, prediction_type="v_prediction"),
-        "vae": kl(),
-        "text_encoder": clip(tokenizer),
-        "tokenizer": tokenizer,
-        **changes,
-    }
     return diffusers.StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        unet=_text_unet(),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, prediction_type="v_prediction"),
+        vae=kl(),
+        text_encoder=clip(tokenizer),
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -199,7 +205,7 @@ def flux() -> Any:
     )
 
 
-def dit() -> Any:
+def dit(vae: Any = None) -> Any:
     transformer = diffusers.DiTTransformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -211,7 +217,7 @@ def dit() -> Any:
         num_embeds_ada_norm=1000,
         norm_elementwise_affine=False,
     )
-    return diffusers.DiTPipeline(transformer=transformer, vae=kl(), scheduler=diffusers.DDIMScheduler())
+    return diffusers.DiTPipeline(transformer=transformer, vae=vae or kl(), scheduler=diffusers.DDIMScheduler())
 
 
 def pixart() -> Any:
@@ -236,15 +242,16 @@ def pixart() -> Any:
     )
 
 
-def sana() -> Any: ...
-
-
 PIPELINES = {f.__name__: f for f in (ddpm, ldm, stable_diffusion, sdxl, sd3, flux, dit, pixart)}
 
 
-def made(name: str) -> Any:
-    """A pipeline with random weights, the same every time; zero-initialised ones get some too."""
+def made(name: str, **changes: Any) -> Any:
+    """A pipeline with random weights, the same every time; also where models begin with zeros."""
     torch.manual_seed(0)
-    pipe = PIPELINES[name]()
+    pipe = PIPELINES[name](**changes)
+    with torch.no_grad():
+        for model in (m for m in pipe.components.values() if isinstance(m, nn.Module)):
+            for p in model.eval().parameters():
+                p.add_(torch.randn_like(p), alpha=0.02)
     pipe.set_progress_bar_config(disable=True)
     return pipe

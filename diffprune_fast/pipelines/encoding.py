@@ -39,10 +39,10 @@ def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[An
 
     loader: batches of images ``(batch, 3, height, width)`` in [-1, 1], ``(images, captions)`` or ``(images, labels)``
     pairs, or dicts with ``images``, ``captions``, ``class_labels`` and further arguments of the pipeline's call, such
-    as ``prompt_embeds``. component: the denoiser (None) or its name; an autoencoder gets the images alone, any other
-    component the batches as they are. Batches are encoded as they are drawn, without gradients, and not kept.
+    as ``prompt_embeds``. component: the denoiser (None) or its name; an autoencoder gets the images alone. Batches are
+    encoded as they are drawn, without gradients, and not kept.
 
-    Raises ValueError for a pipeline whose images or captions can't be encoded.
+    Raises ValueError for a component that is neither, and for a pipeline that can't be asked what its denoiser takes.
     """
     name, model = find_component(pipe, component)
     encode: Callable[[Any], Any]
@@ -51,7 +51,10 @@ def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[An
     elif any(name in inspect.signature(model.forward).parameters for name in TIMESTEP_NAMES):
         encode = Encoder(pipe, name, model)
     else:
-        return loader
+        raise ValueError(
+            f"{name} ({type(model).__name__}) is neither a denoiser nor an autoencoder: its loss is not known, pass "
+            "loss_fn(model, batch, t, noise)"
+        )
     loader = as_loader(loader)
     return map(encode, loader) if isinstance(loader, Iterator) else Encoded(loader, encode)
 
@@ -74,9 +77,11 @@ class Encoder:
     def __init__(self, pipe: Any, name: str, model: nn.Module) -> None:
         if any(part in pipe.components for part in ("controlnet", "adapter")):
             raise ValueError(
-                f"{type(pipe).__name__} is steered by a network that looks at the noisy images: prune the {name} in the "
-                "text-to-image pipeline of the same parts, or alone with loss_fn"
+                f"{type(pipe).__name__} is steered by a network that looks at the noisy images: prune the {name} in "
+                "the text-to-image pipeline of the same parts, or alone with loss_fn"
             )
+        if getattr(pipe, "scheduler", None) is None:
+            raise ValueError(f"{type(pipe).__name__} has no scheduler of its own: give one of the pipelines inside it")
         self.model = model
         self.vae = _upcast(autoencoder_of(pipe))
         self.pipe = _stopped_copy(pipe, name, model)
@@ -113,12 +118,15 @@ class Encoder:
 
     def _call(self, images: Tensor, given: Mapping[str, Any]) -> None:
         """Call the pipeline for as many images, of that size."""
+        from diffusers.utils import is_bs4_available, is_ftfy_available
+
         arguments: dict[str, Any] = {
             "batch_size": len(images),
             "height": images.shape[-2],
             "width": images.shape[-1],
             "generator": torch.Generator().manual_seed(0),
             **SETTINGS,
+            "clean_caption": is_bs4_available() and is_ftfy_available(),  # else every call says that it can't
             **({} if "true_cfg_scale" in self.known else {"guidance_scale": 1.0}),
             **given,
         }

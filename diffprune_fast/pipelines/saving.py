@@ -74,7 +74,7 @@ def _checked_index(directory: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {directory} is no pipeline (a single model: from_pretrained)") from None
+        raise CheckpointError(f"{path} is missing: {directory} is no pipeline (one model: from_pretrained)") from None
     except (ValueError, OSError) as e:
         raise CheckpointError(f"{path} can't be read ({e}): save the pipeline again") from e
     name = index.get("_class_name") if isinstance(index, dict) else None
@@ -82,13 +82,19 @@ def _checked_index(directory: Path) -> dict[str, Any]:
     if not isinstance(cls, type) or not issubclass(cls, diffusers.DiffusionPipeline):
         raise CheckpointError(f"{path} names {name!r}, which is no pipeline of diffusers {diffusers.__version__}")
     for component, value in index.items():
-        if component.startswith("_") or not isinstance(value, list) or value == [None, None]:
-            continue
-        library = value[0] if len(value) == 2 else None
-        # A library that is none of these would be a module in the folder, which diffusers runs.
-        known = library in ("diffusers", "transformers") or (
-            isinstance(library, str) and library.isidentifier() and hasattr(diffusers.pipelines, library)
-        )
-        if not known or not all(isinstance(v, str) for v in value) or (directory / component / f"{library}.py").exists():
+        if isinstance(value, list) and value != [None, None] and not _is_known(value, directory / component):
             raise CheckpointError(f"{path}: {component} is {value!r}, no class of diffusers or transformers")
     return index
+
+
+def _is_known(value: list[Any], folder: Path) -> bool:
+    """Whether ``[library, class]`` is code that is installed; diffusers would also run a module of the folder."""
+    import diffusers
+
+    if len(value) != 2 or not all(isinstance(v, str) and v.isidentifier() for v in value):
+        return False
+    library, name = value
+    # These look for a class in the folder's config, and may ask the user whether to run it.
+    automatic = name == "AutoModel" or (library == "transformers" and name.startswith("Auto"))
+    installed = library in ("diffusers", "transformers") or hasattr(diffusers.pipelines, library)
+    return installed and not automatic and not (folder / f"{library}.py").exists()

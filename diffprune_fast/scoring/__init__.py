@@ -18,7 +18,7 @@ from ..ops import channel_scores_
 from ..tracing.plan import Plan
 from .accumulate import MeanGradient, MicroScores, Work, rank_and_count, summed_over_ranks, until_agreed
 from .batches import Batches, check_batch
-from .calls import example_inputs
+from .calls import first_call
 from .conditioning import moved
 from .criteria import CRITERIA, VARIANTS, Criterion, Variant
 from .objectives import LossFunction, Objective, make_objective
@@ -35,7 +35,7 @@ __all__ = [
     "LossCurve",
     "Objective",
     "Scores",
-    "example_inputs",
+    "first_call",
     "keep_set_agreement",
     "make_objective",
     "score",

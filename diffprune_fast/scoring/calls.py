@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .batches import check_batch, part, peeked
-from .conditioning import map_tensors, moved, signature_of
+from .conditioning import moved, signature_of
 from .objectives import LossFunction, dtype_of, images_of, latents_of, make_objective
 from .untouched import own_randomness, stand_ins
 
@@ -44,7 +44,7 @@ def recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     raise ValueError(f"{type(model).__name__} was never called: give example_inputs")
 
 
-def example_inputs(
+def first_call(
     model: nn.Module,
     loader: Iterable[Any],
     *,
@@ -60,18 +60,21 @@ def example_inputs(
     """
     with own_randomness(seed, loader):
         first, loader = peeked(loader)
-    check_batch(model, first, loss_fn)
-    objective = make_objective(model, scheduler, loss_fn)
-    one = moved(part(first, 0, 1), next(model.parameters()).device)
-    if objective.kind == "reconstruction":
-        images = images_of(one).to(dtype_of(model))
-        with torch.no_grad(), stand_ins(model, ()):
-            latents = latents_of(model.encode(images))  # type: ignore[operator]
-        # Apart from one another: the latents are an interface, whose channels have to stay.
-        calls = [("encode", (images,), {}), ("decode", (latents,), {})]
-        return map_tensors(calls, lambda x: torch.empty_like(x, device="meta")), loader
-    noise = objective.noise(one)
-    inputs = recorded_call(model, lambda: objective.loss(model, one, objective.n_timesteps // 2, noise))
+        check_batch(model, first, loss_fn)
+        objective = make_objective(model, scheduler, loss_fn)
+        one = moved(part(first, 0, 1), next(model.parameters()).device)
+        if objective.kind == "reconstruction":
+            return _encode_and_decode(model, images_of(one)), loader
+        noise = objective.noise(one)
+        inputs = recorded_call(model, lambda: objective.loss(model, one, objective.n_timesteps // 2, noise))
     inputs = {k: v for k, v in moved(inputs, torch.device("cpu")).items() if v is not None}
     name = signature_of(model).sample
     return {**inputs, name: torch.empty_like(inputs[name], device="meta")}, loader
+
+
+def _encode_and_decode(model: nn.Module, images: Tensor) -> list[Any]:
+    """An autoencoder's two calls, apart from one another: the latents are an interface, whose channels have to stay."""
+    images = images.to(dtype_of(model))
+    with torch.no_grad(), stand_ins(model, ()):
+        latents = latents_of(model.encode(images))  # type: ignore[operator]
+    return [(n, (torch.empty_like(x, device="meta"),), {}) for n, x in (("encode", images), ("decode", latents))]

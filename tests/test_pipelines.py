@@ -1,0 +1,437 @@
+"""Whole pipelines in one call: encoding, scoring, pruning, saving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from tiny_pipelines import PIPELINES, TOKENS, kl, made
+from torch import Tensor, nn
+
+import diffprune_fast as dpf
+from diffprune_fast.checkpoint import CONFIG
+from diffprune_fast.manifest import CheckpointError, read_manifest
+from diffprune_fast.pipelines import encoded
+from diffprune_fast.recovery import finetune
+from diffprune_fast.scoring.untouched import own_randomness
+
+# Schedulers of diffusers hand tensors to NumPy 2 in a way that it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+QUICK: dict[str, Any] = {"micro_batch": 4, "min_samples": 16, "max_samples": 16, "progress": False, "round_to": 1}
+CAPTIONS = ["a red cat", "a small green house", "", "tree"]
+UNCONDITIONAL = ("ddpm", "ldm")
+
+
+def images(n: int = 4, channels: int = 3, size: int = 16) -> Tensor:
+    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def beside(name: str) -> dict[str, Any]:
+    """What the loader gives beside the images; the text's length where the default would be long."""
+    if name in UNCONDITIONAL:
+        return {}
+    if name == "dit":
+        return {"class_labels": torch.tensor([3, 1, 4, 1])}
+    return {"captions": CAPTIONS} | ({"max_sequence_length": 8} if name in ("flux", "sd3", "pixart") else {})
+
+
+def loader(name: str) -> list[Any]:
+    return [{"images": images(), **beside(name)}]
+
+
+def sampled(name: str, pipe: Any) -> np.ndarray:
+    """Two images of 16x16."""
+    given: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", "generator": torch.manual_seed(5)}
+    if name in UNCONDITIONAL:
+        given["batch_size"] = 2
+    elif name == "dit":
+        given |= {"class_labels": [3, 1], "guidance_scale": 1.0}
+    else:
+        given |= {**beside(name), "prompt": CAPTIONS[:2], "height": 16, "width": 16}
+        del given["captions"]
+    if name == "pixart":
+        given |= {"use_resolution_binning": False, "clean_caption": False}
+    return pipe(**given).images
+
+
+def state(pipe: Any) -> dict[str, Any]:
+    """Everything of a pipeline that must survive: tensors, modes, configs, its own attributes."""
+    modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    tensors = {f"{n}.{k}": t.clone() for n, m in modules.items() for k, t in m.state_dict().items()}
+    return {
+        "tensors": tensors,
+        "identity": {f"{n}.{k}": id(p) for n, m in modules.items() for k, p in m.named_parameters()},
+        "modes": {f"{n}.{k}": x.training for n, m in modules.items() for k, x in m.named_modules()},
+        "hooks": {n: len(m._forward_pre_hooks) for n, m in modules.items()},
+        "components": {n: id(c) for n, c in pipe.components.items()},
+        "config": dict(pipe.config),
+        "attributes": {k: repr(v) for k, v in vars(pipe).items()},
+        "scheduler": {k: repr(v) for k, v in vars(pipe.scheduler).items()},
+    }
+
+
+def assert_same(one: Mapping[str, Any], two: Mapping[str, Any]) -> None:
+    for what in one:
+        if what == "tensors":
+            assert one[what].keys() == two[what].keys()
+            assert all(torch.equal(t, two[what][n]) for n, t in one[what].items())
+        else:
+            assert one[what] == two[what], what
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_pruned_samples_and_comes_back_the_same(name: str, tmp_path: Any) -> None:
+    pipe = made(name)
+    dense = sampled(name, pipe)
+    denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
+    before = {n: sum(p.numel() for p in m.parameters()) for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+
+    result = dpf.score_and_prune(pipe, loader(name), ratio=0.3, **QUICK)
+
+    assert result.pipeline is pipe
+    assert result.component == denoiser
+    assert result.model is getattr(pipe, denoiser)
+    after = {n: sum(p.numel() for p in m.parameters()) for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    assert result.after.params == after.pop(denoiser) < 0.85 * before.pop(denoiser)
+    assert after == before
+    pruned = sampled(name, pipe)
+    assert pruned.shape == dense.shape == (2, 16, 16, 3)
+    assert np.isfinite(pruned).all()
+    assert not np.array_equal(pruned, dense)
+
+    result.save_pretrained(tmp_path)
+    again = dpf.pipeline_from_pretrained(tmp_path)
+    assert type(again) is type(pipe)
+    again.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(sampled(name, again), pruned)
+
+
+class Stepped(tuple):
+    """What a scheduler's step answers, in both of its forms."""
+
+    @property
+    def prev_sample(self) -> Tensor:
+        return self[0]
+
+
+@pytest.mark.parametrize("name", [n for n in PIPELINES if n != "ddpm"])
+def test_the_pipeline_decodes_our_latents_to_what_the_vae_decodes(name: str) -> None:
+    """Scaling, shift, means and packing are the inverse of the pipeline's own."""
+    pipe = made(name)
+    torch.manual_seed(3)
+    batch = next(iter(encoded(pipe, loader(name))))
+    latents = next(iter(batch.values()))
+    torch.manual_seed(3)
+    vae = pipe.vqvae if name == "ldm" else pipe.vae
+    with torch.no_grad():
+        answer = vae.encode(images())
+        raw = answer.latents if name == "ldm" else answer.latent_dist.sample()
+        expected = (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    pipe.scheduler.step = lambda *_, **__: Stepped([latents[:2]])
+    np.testing.assert_allclose(sampled(name, pipe), expected[:2], atol=1e-5)
+
+
+def test_scores_are_those_of_latents_and_embeddings_made_by_hand() -> None:
+    pipe = made("stable_diffusion")
+    batches = [(images(), CAPTIONS), (images().flip(0), CAPTIONS[::-1])]
+    by_hand = []
+    with own_randomness(11), torch.no_grad():
+        for pixels, captions in batches:
+            latents = pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor
+            tokens = pipe.tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+            by_hand.append({"sample": latents, "encoder_hidden_states": pipe.text_encoder(tokens)[0]})
+    options = {"micro_batch": 4, "max_samples": 8, "timesteps": range(1000), "progress": False, "seed": 11}
+    expected = dpf.score(pipe.unet, by_hand, dpf.trace(pipe.unet), scheduler=pipe.scheduler, **options)
+    result = dpf.score_and_prune(pipe, batches, ratio=0.3, inplace=False, **options)
+    assert result.scores is not None
+    assert result.scores.values.max() > 0
+    np.testing.assert_array_equal(result.scores.values, expected.values)
+
+
+def test_a_copy_leaves_the_pipeline_alone() -> None:
+    pipe = made("stable_diffusion")
+    before, random = state(pipe), torch.get_rng_state()
+    result = dpf.score_and_prune(pipe, loader("stable_diffusion"), ratio=0.3, inplace=False, **QUICK)
+    assert_same(state(pipe), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert result.pipeline is not pipe
+    assert result.pipeline.unet is result.model is not pipe.unet
+    assert result.pipeline.vae is pipe.vae
+    assert np.isfinite(sampled("stable_diffusion", result.pipeline)).all()
+
+
+WRONG: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {
+    "no captions": ("stable_diffusion", [images()], {}, ValueError, "StableDiffusionPipeline needs captions"),
+    "no labels": ("dit", [images()], {}, ValueError, "DiTPipeline needs class labels"),
+    "too few captions": ("stable_diffusion", [(images(), CAPTIONS[:2])], {}, ValueError, "become"),
+    "unknown component": (
+        "stable_diffusion",
+        loader("stable_diffusion"),
+        {"component": "transformer"},
+        ValueError,
+        r"no component 'transformer'.* text_encoder, unet, vae",
+    ),
+    "no loss known": (
+        "stable_diffusion",
+        loader("stable_diffusion"),
+        {"component": "text_encoder"},
+        ValueError,
+        r"text_encoder \(CLIPTextModel\) is neither a denoiser nor an autoencoder",
+    ),
+    "grey images": ("sdxl", [(images(channels=1), CAPTIONS)], {}, ValueError, "takes images of 3 channels"),
+    "grey images for the VAE": ("ldm", [images(channels=1)], {"component": "vqvae"}, ValueError, "3 channels"),
+    "grey pixels": ("ddpm", [images(channels=1)], {}, ValueError, "takes images of 3 channels"),
+    "NaN": ("flux", [(images() * np.nan, CAPTIONS)], {}, ValueError, "NaN or infinity"),
+    "another size": ("ldm", [images(size=32)], {}, ValueError, r"\(4, 3, 8, 8\).*become \(4, 3, 16, 16\)"),
+    "an odd size": ("sd3", [(images(size=15), CAPTIONS)], {}, ValueError, "can't be called with images of 15x15"),
+    "no images": ("ldm", [{"pixels": images()}], {}, TypeError, "no batch for a pipeline"),
+    "three things": ("ldm", [(images(), images(), CAPTIONS)], {}, TypeError, "no batch for a pipeline"),
+    "empty": ("pixart", [], {}, ValueError, "loader is empty"),
+    "no loader": ("ddpm", None, {}, ValueError, "loader"),
+    "no iterable": ("ddpm", 3, {}, TypeError, "loader must be an iterable"),
+    "budget out of reach": ("dit", loader("dit"), {"macs": 1e-6}, ValueError, "can't be met"),
+    "typing mistake": ("ddpm", [images()], {"componet": "unet"}, TypeError, "did you mean 'component'"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_mistake_is_one_clear_error_and_the_pipeline_untouched(what: str) -> None:
+    name, batches, options, error, words = WRONG[what]
+    pipe = made(name)
+    before, random = state(pipe), torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        dpf.score_and_prune(pipe, batches, **{**QUICK, **options})
+    assert_same(state(pipe), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_an_offloaded_denoiser_is_refused() -> None:
+    pipe = made("ddpm")
+    pipe.unet._hf_hook = object()
+    with pytest.raises(ValueError, match=r"unet is offloaded.*remove_all_hooks"):
+        dpf.score_and_prune(pipe, [images()], **QUICK)
+
+
+def test_component_is_for_pipelines() -> None:
+    with pytest.raises(TypeError, match="UNet2DModel is none"):
+        dpf.score_and_prune(made("ddpm").unet, [images()], component="unet", **QUICK)
+
+
+@pytest.mark.parametrize(("name", "vae"), [("stable_diffusion", "vae"), ("ldm", "vqvae")])
+def test_the_vae_is_pruned_by_name(name: str, vae: str, tmp_path: Any) -> None:
+    pipe = made(name)
+    denoiser = {k: t.clone() for k, t in pipe.unet.state_dict().items()}
+    latents = pipe.components[vae].config.latent_channels
+    result = dpf.score_and_prune(pipe, loader(name), component=vae, ratio=0.3, **QUICK)
+    assert result.model is pipe.components[vae]
+    assert result.after.params == sum(p.numel() for p in result.model.parameters()) < 0.85 * result.before.params
+    assert all(torch.equal(t, denoiser[k]) for k, t in pipe.unet.state_dict().items())
+    with torch.no_grad():
+        answer = result.model.encode(images())
+    assert (answer.latent_dist.mode() if vae == "vae" else answer.latents).shape == (4, latents, 8, 8)
+    pruned = sampled(name, pipe)
+    assert np.isfinite(pruned).all()
+    result.save_pretrained(tmp_path)
+    again = dpf.pipeline_from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(sampled(name, again), pruned)
+
+
+def test_the_pipelines_own_save_writes_what_can_be_read(tmp_path: Any) -> None:
+    """Unevenly pruned, loaded, finetuned, saved by the pipeline and loaded again."""
+    pipe = made("stable_diffusion")
+    dpf.score_and_prune(pipe, loader("stable_diffusion"), ratio=0.3, **QUICK)
+    pipe.save_pretrained(tmp_path / "once")
+    assert read_manifest(tmp_path / "once" / "unet")["plain_config"] is False
+    loaded = dpf.pipeline_from_pretrained(tmp_path / "once")
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(sampled("stable_diffusion", loaded), sampled("stable_diffusion", pipe))
+    finetune(
+        loaded.unet, encoded(loaded, loader("stable_diffusion")), loaded.scheduler, steps=2, ema=0.0, progress=False
+    )
+    tuned = sampled("stable_diffusion", loaded)
+    assert not np.array_equal(tuned, sampled("stable_diffusion", pipe))
+    loaded.save_pretrained(tmp_path / "twice")
+    again = dpf.pipeline_from_pretrained(tmp_path / "twice")
+    again.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(sampled("stable_diffusion", again), tuned)
+    first, second = (read_manifest(tmp_path / d / "unet") for d in ("once", "twice"))
+    assert first["plan"] == second["plan"]
+    assert all((units == second["keep"][n]).all() for n, units in first["keep"].items())
+
+
+def test_diffusers_loads_an_evenly_pruned_pipeline(tmp_path: Any) -> None:
+    plain = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
+    pipe = made("ddpm", down_block_types=plain[0], up_block_types=plain[1], add_attention=False)
+    dpf.score_and_prune(pipe, None, criterion="magnitude", ratio=0.5, round_to=1)
+    pipe.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "unet" / CONFIG).read_text())
+    assert config["block_out_channels"] == [8, 16]
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    again.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(sampled("ddpm", again), sampled("ddpm", pipe))
+
+
+def test_diffusers_refuses_an_unevenly_pruned_pipeline(tmp_path: Any) -> None:
+    pipe = made("ddpm")
+    dpf.score_and_prune(pipe, [images()], ratio=0.3, **QUICK)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"shape|size"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    with pytest.raises(CheckpointError, match="load it with pipeline_from_pretrained"):
+        dpf.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"_class_name": ["evil", "Evil"]}, "no pipeline of diffusers"),
+        ({"_class_name": "UNet2DModel"}, "no pipeline of diffusers"),
+        ({"unet": ["evil", "Evil"]}, "unet is"),
+        ({"unet": ["os", "system"]}, "unet is"),
+        ({"unet": ["diffusers", "AutoModel"]}, "unet is"),
+        ({"scheduler": ["transformers", "AutoTokenizer"]}, "scheduler is"),
+    ],
+)
+def test_no_code_of_the_folder_is_run(change: dict[str, Any], words: str, tmp_path: Any) -> None:
+    made("ddpm").save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "unet"):
+        (folder / "evil.py").write_text("raise SystemExit('ran')")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
+    with pytest.raises(CheckpointError, match=words):
+        dpf.pipeline_from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_an_incomplete_pipeline_is_refused(missing: str, tmp_path: Any) -> None:
+    pipe = made("ddpm")
+    dpf.score_and_prune(pipe, None, criterion="magnitude", ratio=0.3).save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(CheckpointError):
+        dpf.pipeline_from_pretrained(tmp_path)
+
+
+def test_embeddings_stand_in_for_captions_and_encoders() -> None:
+    """Arguments of the pipeline's call that a dict names are handed on: the text encoders needn't be there."""
+    pipe = made("stable_diffusion")
+    with_captions = next(iter(encoded(pipe, [(images(), CAPTIONS)])))
+    embeddings = pipe.encode_prompt(CAPTIONS, "cpu", 1, False)[0].detach()
+    without = diffusers.StableDiffusionPipeline(
+        **{**pipe.components, "text_encoder": None, "tokenizer": None}, requires_safety_checker=False
+    )
+    batch = next(iter(encoded(without, [{"images": images(), "prompt_embeds": embeddings}])))
+    assert torch.equal(batch["encoder_hidden_states"], with_captions["encoder_hidden_states"])
+    result = dpf.score_and_prune(without, [{"images": images(), "prompt_embeds": embeddings}], ratio=0.3, **QUICK)
+    assert result.after.params < result.before.params
+
+
+@pytest.mark.parametrize("kind", ["tiny", "deep compression", "half precision"])
+def test_latents_of_other_vaes_decode_to_what_they_were_made_from(kind: str) -> None:
+    torch.manual_seed(0)
+    vae: Any
+    if kind == "tiny":
+        vae = diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+            scaling_factor=0.7,
+        )
+    elif kind == "deep compression":
+        vae = deep_compression()
+    else:
+        vae = kl(force_upcast=True).half()
+    pipe = made("dit", vae=vae)
+    latents = next(iter(encoded(pipe, loader("dit"))))["hidden_states"]
+    assert latents.dtype == torch.float32
+    with torch.no_grad():
+        if kind == "half precision":
+            raw = vae.encode(images().half()).latent_dist
+            distance = (latents / vae.config.scaling_factor - raw.mean).abs() / raw.std
+            assert 0.3 < distance.mean() < 1.5  # a draw from the distribution: 0.8 for a normal one
+            assert next(vae.parameters()).dtype == torch.float16
+        else:
+            raw = next(iter(vae.encode(images()).values()))
+            torch.testing.assert_close(latents, raw * vae.config.scaling_factor)
+
+
+def deep_compression() -> Any:
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="stride_conv",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.4,
+    ).eval()
+
+
+def test_an_autoencoder_without_known_inputs_keeps_its_latents() -> None:
+    """encode and decode are traced apart, from the loader's first batch."""
+    torch.manual_seed(0)
+    vae = deep_compression()
+    result = dpf.score_and_prune(vae, [images()], ratio=0.3, **QUICK)
+    assert result.after.params == sum(p.numel() for p in vae.parameters()) < result.before.params
+    with torch.no_grad():
+        latents = vae.encode(images()).latent
+        assert latents.shape == (4, 4, 8, 8)
+        assert vae.decode(latents).sample.shape == (4, 3, 16, 16)
+
+
+def test_example_inputs_come_from_the_first_batch_which_is_not_lost() -> None:
+    """A class without known inputs, and a loader that can be walked only once."""
+    transformer = made("dit").transformer
+    batches = [(images(4, 4, 8) + i, torch.tensor([3, 1, 4, i])) for i in range(4)]
+    seen: list[int] = []
+
+    def once() -> Any:
+        for i, batch in enumerate(batches):
+            seen.append(i)
+            yield batch
+
+    options: dict[str, Any] = {**QUICK, "inplace": False, "ratio": 0.3, "timesteps": range(1000)}
+    given = {"hidden_states": batches[0][0][:1], "timestep": torch.tensor([5]), "class_labels": torch.tensor([3])}
+    by_hand = dpf.score_and_prune(transformer, batches, example_inputs=given, **options)
+    found = dpf.score_and_prune(transformer, once(), **options)
+    assert seen == [0, 1, 2, 3]
+    assert found.plan.hash == by_hand.plan.hash
+    assert found.scores is not None
+    assert by_hand.scores is not None
+    np.testing.assert_array_equal(found.scores.values, by_hand.scores.values)
+
+
+def test_example_inputs_are_what_a_loss_fn_calls_the_model_with() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, points: Tensor, *, gate: Tensor) -> Tensor:
+            return self.two(torch.relu(self.one(points)) * gate)
+
+    torch.manual_seed(0)
+    model = Gated()
+
+    def loss(model: nn.Module, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
+        return (model(batch + noise, gate=t[:, None] / 1000) - noise).square().mean(1)
+
+    result = dpf.score_and_prune(model, [torch.randn(8, 6)], loss_fn=loss, ratio=0.5, **QUICK)
+    assert model.one.weight.shape == (8, 6)
+    assert result.model is model
+    assert not model._forward_pre_hooks
