@@ -107,7 +107,7 @@ def _opened(
     scheduler, on what its VAE and text encoders make of the loader's batches (``loss_fn`` gets them as they are)."""
     if not is_pipeline(model):
         if component is not None:
-            raise TypeError(f"component={component!r} is for pipelines; {type(model).__name__} is none")
+            raise ValueError(f"component={component!r} is for pipelines; {type(model).__name__} is none")
         return model, loader, lambda result: result
     name, module = find_component(model, component)
     scoring.setdefault("scheduler", getattr(model, "scheduler", None))

@@ -10,11 +10,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_pipelines import PIPELINES, TOKENS, kl, made
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import diffprune_fast as dpf
 from diffprune_fast.checkpoint import CONFIG
+from diffprune_fast.cli import app
+from diffprune_fast.image_folder import ImageFolder
 from diffprune_fast.manifest import CheckpointError, read_manifest
 from diffprune_fast.pipelines import encoded
 from diffprune_fast.recovery import finetune
@@ -169,7 +173,7 @@ def test_a_copy_leaves_the_pipeline_alone() -> None:
 WRONG: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {
     "no captions": ("stable_diffusion", [images()], {}, ValueError, "StableDiffusionPipeline needs captions"),
     "no labels": ("dit", [images()], {}, ValueError, "DiTPipeline needs class labels"),
-    "too few captions": ("stable_diffusion", [(images(), CAPTIONS[:2])], {}, ValueError, "become"),
+    "too few captions": ("stable_diffusion", [(images(), CAPTIONS[:2])], {}, ValueError, "4 images, but 2 entries"),
     "unknown component": (
         "stable_diffusion",
         loader("stable_diffusion"),
@@ -219,7 +223,7 @@ def test_an_offloaded_denoiser_is_refused() -> None:
 
 
 def test_component_is_for_pipelines() -> None:
-    with pytest.raises(TypeError, match="UNet2DModel is none"):
+    with pytest.raises(ValueError, match="UNet2DModel is none"):
         dpf.score_and_prune(made("ddpm").unet, [images()], component="unet", **QUICK)
 
 
@@ -266,24 +270,23 @@ def test_the_pipelines_own_save_writes_what_can_be_read(tmp_path: Any) -> None:
     assert all((units == second["keep"][n]).all() for n, units in first["keep"].items())
 
 
-def test_diffusers_loads_an_evenly_pruned_pipeline(tmp_path: Any) -> None:
-    plain = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
-    pipe = made("ddpm", down_block_types=plain[0], up_block_types=plain[1], add_attention=False)
-    dpf.score_and_prune(pipe, None, criterion="magnitude", ratio=0.5, round_to=1)
+def test_diffusers_loads_a_pipeline_whose_pruned_component_a_plain_config_describes(tmp_path: Any) -> None:
+    pipe = made("sd3")
+    dpf.score_and_prune(pipe, None, component="vae", criterion="magnitude", ratio=0.5, round_to=1)
     pipe.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "unet" / CONFIG).read_text())
-    assert config["block_out_channels"] == [8, 16]
-    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    config = json.loads((tmp_path / "vae" / CONFIG).read_text())
+    assert config["block_out_channels"] == [8, 8]
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(sampled("ddpm", again), sampled("ddpm", pipe))
+    np.testing.assert_array_equal(sampled("sd3", again), sampled("sd3", pipe))
 
 
 def test_diffusers_refuses_an_unevenly_pruned_pipeline(tmp_path: Any) -> None:
     pipe = made("ddpm")
     dpf.score_and_prune(pipe, [images()], ratio=0.3, **QUICK)
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(Exception, match=r"shape|size"):
-        diffusers.DiffusionPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    with pytest.raises(ValueError, match="expected shape"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="load it with pipeline_from_pretrained"):
         dpf.from_pretrained(tmp_path)
 
@@ -435,3 +438,55 @@ def test_example_inputs_are_what_a_loss_fn_calls_the_model_with() -> None:
     assert model.one.weight.shape == (8, 6)
     assert result.model is model
     assert not model._forward_pre_hooks
+
+
+def test_labels_reach_a_class_conditional_model_whose_pipeline_knows_none() -> None:
+    pipe = made("ddpm", num_class_embeds=5)
+    batch = next(iter(encoded(pipe, [(images(), torch.tensor([0, 4, 1, 2]))])))
+    assert batch["class_labels"].tolist() == [0, 4, 1, 2]
+    result = dpf.score_and_prune(pipe, [(images(), torch.tensor([0, 4, 1, 2]))], ratio=0.3, **QUICK)
+    assert result.after.params < result.before.params
+    with pytest.raises(ValueError, match="needs 'class_labels'"):
+        dpf.score_and_prune(pipe, [images()], **QUICK)
+
+
+@pytest.mark.parametrize("captions", ["metadata", "sidecars"])
+def test_the_command_line_prunes_a_pipeline_from_images_and_captions(captions: str, tmp_path: Any) -> None:
+    made("stable_diffusion").save_pretrained(tmp_path / "dense")
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    names = ["a.png", "more/b.png", "more/c.png"]
+    for i, name in enumerate(names):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / name)
+    arguments = ["prune", tmp_path / "dense", "--images", tmp_path / "photos", "--out", tmp_path / "out"]
+    arguments += ["--batch-size", 3, "--max-samples", 6, "--ratio", 0.3]
+    refused = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert refused.exit_code == 2
+    assert "has no caption" in refused.stderr
+    for name, caption in zip(names, CAPTIONS, strict=False):
+        if captions == "sidecars":
+            (tmp_path / "photos" / name).with_suffix(".txt").write_text(caption)
+        else:
+            with (tmp_path / "photos" / "metadata.jsonl").open("a") as f:
+                f.write(json.dumps({"file_name": name, "text": caption}) + "\n")
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    assert f"diffprune_fast.pipeline_from_pretrained('{tmp_path / 'out'}')" in done.stdout
+    manifest = read_manifest(tmp_path / "out" / "unet")
+    pipe = dpf.pipeline_from_pretrained(tmp_path / "out")
+    assert pipe.unet.num_parameters() == manifest["after"]["params"] < manifest["before"]["params"]
+    folder = ImageFolder(tmp_path / "photos", (16, 16), captions=True)
+    assert dict(zip([p.name for p in folder.paths], next(iter(folder))[1])) == dict(
+        zip(["a.png", "b.png", "c.png"], CAPTIONS)
+    )
+
+
+def test_the_command_line_prunes_a_component_by_name(tmp_path: Any) -> None:
+    made("ldm").save_pretrained(tmp_path / "dense")
+    arguments = ["prune", tmp_path / "dense", "--component", "vqvae", "--criterion", "magnitude"]
+    done = CliRunner().invoke(app, [str(a) for a in [*arguments, "--out", tmp_path / "out"]])
+    assert done.exit_code == 0, done.output
+    assert read_manifest(tmp_path / "out" / "vqvae")["model_class"] == "VQModel"
+    wrong = CliRunner().invoke(app, [str(a) for a in [*arguments, "--component", "vae", "--out", tmp_path / "other"]])
+    assert wrong.exit_code == 2
+    assert "no component 'vae'" in wrong.stderr

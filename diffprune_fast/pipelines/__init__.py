@@ -6,8 +6,16 @@ denoiser takes, ``saving`` writes and reads pipelines with pruned components.
 
 from __future__ import annotations
 
-from .components import find_component, is_pipeline, put_back
+from .components import find_component, image_shape, is_pipeline, put_back, takes_captions
 from .encoding import encoded
 from .saving import pipeline_from_pretrained
 
-__all__ = ["encoded", "find_component", "is_pipeline", "pipeline_from_pretrained", "put_back"]
+__all__ = [
+    "encoded",
+    "find_component",
+    "image_shape",
+    "is_pipeline",
+    "pipeline_from_pretrained",
+    "put_back",
+    "takes_captions",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from ..checkpoint import SavedAsPruned
 from ..result import PruneResult
+from ..scoring.batches import in_channels
+from ..scoring.conditioning import config_of
 from ..scoring.untouched import unwrapped
 
 DENOISERS = ("unet", "transformer", "prior", "decoder")
@@ -50,6 +53,22 @@ def autoencoder_of(pipe: Any) -> nn.Module | None:
     """The autoencoder between the pipeline's images and its latents, None where it works on pixels."""
     modules = modules_of(pipe)
     return next((modules[n] for n in AUTOENCODERS if n in modules), None)
+
+
+def image_shape(pipe: Any) -> tuple[int, int | None]:
+    """The channels of the pipeline's images, and the size in pixels that it makes by default (None: not known)."""
+    _, denoiser = find_component(pipe)
+    vae = autoencoder_of(pipe)
+    sample = getattr(pipe, "default_sample_size", None) or config_of(denoiser).get("sample_size")
+    blocks = config_of(vae).get("block_out_channels", (0,))
+    factor = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(blocks) - 1)
+    channels = in_channels(denoiser if vae is None else vae)
+    return channels or 3, sample * factor if isinstance(sample, int) else None
+
+
+def takes_captions(pipe: Any) -> bool:
+    """Whether the pipeline makes images from text."""
+    return "prompt" in inspect.signature(pipe.__call__).parameters
 
 
 def put_back(pipe: Any, name: str, result: PruneResult) -> PruneResult:

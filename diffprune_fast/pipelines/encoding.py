@@ -95,6 +95,9 @@ class Encoder:
         """
         images, given = read(batch)
         check_images(self.vae or self.model, images)
+        for what in ("prompt", "class_labels"):
+            if len(given.get(what, images)) != len(images):
+                raise ValueError(f"the batch has {len(images)} images, but {len(given[what])} entries of {what!r}")
         with torch.no_grad(), in_mode(nn.ModuleList(modules_of(self.pipe).values()), training=False):
             inputs = recorded_call(self.model, lambda: self._call(images, given))
             signature = signature_of(self.model)
@@ -109,7 +112,7 @@ class Encoder:
             )
         labels = given.get("class_labels")
         if labels is not None and wants_labels(self.model):
-            inputs["class_labels"] = torch.as_tensor(labels)
+            inputs["class_labels"] = torch.as_tensor(labels)  # the pipeline itself may know no classes
         dropped = (signature.sample, signature.timestep, "return_dict")
         return {
             signature.sample: latents,

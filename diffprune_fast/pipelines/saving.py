@@ -29,7 +29,6 @@ def save_pipeline(result: PruneResult, directory: str | os.PathLike[str]) -> Non
             f"the pipeline's {result.component} is not the pruned one any more: put result.model back, or save what "
             "there is with the pipeline's own save_pretrained"
         )
-    result.model.save_pretrained = SavedAsPruned.of(result)  # type: ignore[assignment]
     result.pipeline.save_pretrained(directory)
 
 

@@ -152,7 +152,7 @@ def make_objective(model: nn.Module, scheduler: Any = None, loss_fn: LossFunctio
     is known by the class (``FlowMatch…``) or ``prediction_type="flow_prediction"``. None: ``DDPMScheduler()`` as it
     comes, 1000 linear steps that predict the noise. loss_fn: ``(model, batch, t, noise) -> (batch,) or scalar`` for
     everything else; ``batch`` is what the loader yields, ``t`` ``(batch,)`` integers. An autoencoder is scored by its
-    reconstruction error (and 1e-6 of its KL divergence).
+    squared reconstruction error with 1e-6 of its KL divergence, or its commitment loss where it has a codebook.
 
     Raises ValueError for a scheduler whose objective is not known.
     """
