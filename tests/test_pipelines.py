@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_pipelines import PIPELINES, TOKENS, kl, made
 from torch import Tensor, nn
 from typer.testing import CliRunner
+from zoo_image_transformers import IMAGE_TRANSFORMERS
 
 import diffprune_fast as dpf
 from diffprune_fast.checkpoint import CONFIG
@@ -438,6 +439,82 @@ def test_example_inputs_are_what_a_loss_fn_calls_the_model_with() -> None:
     assert model.one.weight.shape == (8, 6)
     assert result.model is model
     assert not model._forward_pre_hooks
+
+
+class Scaling(diffusers.DiffusionPipeline):
+    """A pipeline with its own idea of what the VAE's latents are multiplied with."""
+
+    def __init__(self, unet: nn.Module, vae: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+        self.factor = 1.0
+
+    @torch.no_grad()
+    def __call__(self, batch_size: int = 1, num_inference_steps: int = 2, generator: Any = None) -> Any:
+        latents = torch.randn(batch_size, 3, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            latents = self.scheduler.step(self.unet(latents, t).sample, t, latents).prev_sample
+        return self.vae.decode(latents * self.factor).sample
+
+
+def test_a_pipeline_that_does_not_scale_gets_latents_as_they_are_and_another_is_refused() -> None:
+    pipe = Scaling(made("ldm").unet, kl(3), diffusers.DDPMScheduler())
+    before = state(pipe)
+    torch.manual_seed(3)
+    latents = next(iter(encoded(pipe, [images()])))["sample"]
+    torch.manual_seed(3)
+    with torch.no_grad():
+        torch.testing.assert_close(latents, pipe.vae.encode(images()).latent_dist.sample())
+    pipe.factor = 1 / pipe.vae.config.scaling_factor
+    scaled = next(iter(encoded(pipe, [images()])))["sample"]
+    assert (scaled.std() / latents.std()).item() == pytest.approx(pipe.vae.config.scaling_factor, rel=0.1)
+    pipe.factor = 1.1
+    with pytest.raises(ValueError, match=r"Scaling scales the latents of its AutoencoderKL in a way"):
+        dpf.score_and_prune(pipe, [images()], **QUICK)
+    pipe.factor = 1.0
+    assert_same(state(pipe), before)
+
+
+def _others() -> dict[str, Callable[[], Any]]:
+    """Pipelines whose text encoders are too much for a test, with their smallest images."""
+    transformers = {case.name: case.make for case in IMAGE_TRANSFORMERS}
+    flow = diffusers.FlowMatchEulerDiscreteScheduler
+
+    def parts(name: str, vae: Any) -> dict[str, Any]:
+        model = transformers[f"{name}Transformer2DModel"]().float()
+        return {"transformer": model, "vae": vae, "scheduler": flow(), "text_encoder": None, "tokenizer": None}
+
+    def frames() -> Any:
+        config: dict[str, Any] = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1}
+        means: dict[str, Any] = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [2.0, 0.5, 1.0, 1.5]}
+        return diffusers.AutoencoderKLQwenImage(**config, temperal_downsample=[False], **means).eval()
+
+    packed = {"scaling_factor": 1.5, "shift_factor": 0.06}
+    return {
+        "aura": lambda: diffusers.AuraFlowPipeline(**parts("AuraFlow", kl())),
+        "chroma": lambda: diffusers.ChromaPipeline(**parts("Chroma", kl(2, **packed))),
+        "qwen": lambda: diffusers.QwenImagePipeline(**parts("QwenImage", frames())),
+        "sana": lambda: diffusers.SanaPipeline(**parts("Sana", deep_compression())),
+    }
+
+
+@pytest.mark.parametrize("name", ["aura", "chroma", "qwen", "sana"])
+def test_other_pipelines_are_pruned_from_embeddings(name: str) -> None:
+    torch.manual_seed(0)
+    pipe = _others()[name]()
+    pipe.set_progress_bar_config(disable=True)
+    size = 32 if name == "sana" else 16
+    mask = torch.ones(4, 7, dtype=torch.bool if name == "chroma" else torch.long)
+    given = {"prompt_embeds": torch.randn(4, 7, 24)}
+    given["prompt_embeds_mask" if name == "qwen" else "prompt_attention_mask"] = mask
+    result = dpf.score_and_prune(pipe, [{"images": images(size=size), **given}], ratio=0.3, **QUICK)
+    assert result.after.params == result.model.num_parameters() < 0.85 * result.before.params
+    off = {"true_cfg_scale" if name == "qwen" else "guidance_scale": 1.0}
+    off |= {"use_resolution_binning": False} if name == "sana" else {}
+    image = pipe(**given, **off, height=size, width=size, num_inference_steps=2, output_type="np").images
+    assert image.shape == (4, size, size, 3)
+    assert np.isfinite(image).all()
 
 
 def test_labels_reach_a_class_conditional_model_whose_pipeline_knows_none() -> None:

@@ -1,7 +1,7 @@
 """Whole diffusers pipelines: which component is pruned, what it is trained with, how the pipeline is kept.
 
 ``components`` finds the component and puts the pruned one back, ``encoding`` turns images and captions into what the
-denoiser takes, ``saving`` writes and reads pipelines with pruned components.
+denoiser takes (``latents``: the part about images), ``saving`` writes and reads pipelines with pruned components.
 """
 
 from __future__ import annotations

@@ -18,20 +18,15 @@ from torch import Tensor, nn
 from ..evaluation.modes import in_mode
 from ..scoring.batches import as_loader, check_images
 from ..scoring.calls import recorded_call
-from ..scoring.conditioning import LABEL_KEYS, TIMESTEP_NAMES, config_of, is_autoencoder, signature_of, wants_labels
-from ..scoring.objectives import dtype_of, latents_of
+from ..scoring.conditioning import LABEL_KEYS, TIMESTEP_NAMES, is_autoencoder, signature_of, wants_labels
 from .components import autoencoder_of, find_component, modules_of
+from .latents import as_they_are, decodes, normalised, packed, raw_latents, upcast
 
 IMAGE_KEYS = ("images", "image", "pixel_values")
 CAPTION_KEYS = ("prompt", "prompts", "caption", "captions", "text", "texts")
 # What a call is made with, where the pipeline knows it. Guidance would double the batch; where "true_cfg_scale" turns
 # it on, "guidance_scale" is an input of the denoiser and stays the pipeline's own.
-SETTINGS: Mapping[str, Any] = {
-    "num_inference_steps": 2,
-    "output_type": "latent",
-    "use_resolution_binning": False,
-    "true_cfg_scale": 1.0,
-}
+SETTINGS: Mapping[str, Any] = {"num_inference_steps": 2, "use_resolution_binning": False, "true_cfg_scale": 1.0}
 
 
 def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[Any]:
@@ -82,16 +77,17 @@ class Encoder:
             )
         if getattr(pipe, "scheduler", None) is None:
             raise ValueError(f"{type(pipe).__name__} has no scheduler of its own: give one of the pipelines inside it")
-        self.model = model
-        self.vae = _upcast(autoencoder_of(pipe))
-        self.pipe = _stopped_copy(pipe, name, model)
+        self.model, self.name = model, name
+        self.vae = upcast(autoencoder_of(pipe))
+        self.pipe = _callable_copy(pipe, name, model)
         self.known = set(inspect.signature(pipe.__call__).parameters)
+        self.normalise: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         """The denoiser's inputs, by name, without the timestep; the latents are not noisy.
 
         Raises ValueError for missing captions, images that the VAE can't take or of a size that the pipeline doesn't
-        make.
+        make, and for a pipeline that scales its latents in an unknown way.
         """
         images, given = read(batch)
         check_images(self.vae or self.model, images)
@@ -99,17 +95,11 @@ class Encoder:
             if len(given.get(what, images)) != len(images):
                 raise ValueError(f"the batch has {len(images)} images, but {len(given[what])} entries of {what!r}")
         with torch.no_grad(), in_mode(nn.ModuleList(modules_of(self.pipe).values()), training=False):
-            inputs = recorded_call(self.model, lambda: self._call(images, given))
+            inputs = recorded_call(self.model, lambda: self._call(self.pipe, images, given))
             signature = signature_of(self.model)
             noisy = inputs[signature.sample]
-            latents = images if self.vae is None else normalised(self.vae, encode_images(self.vae, images))
-            latents = self._packed(latents, noisy)
-        if latents.shape != noisy.shape:
-            raise ValueError(
-                f"{type(self.pipe).__name__} gives its {type(self.model).__name__} {tuple(noisy.shape)}, the loader's "
-                f"images {tuple(images.shape)} become {tuple(latents.shape)}: give images of the size that the "
-                "pipeline makes, or encode them yourself and prune the component alone"
-            )
+            latents = images if self.vae is None else self._latents(images, given, noisy)
+        self._check_shape(images, latents, noisy)
         labels = given.get("class_labels")
         if labels is not None and wants_labels(self.model):
             inputs["class_labels"] = torch.as_tensor(labels)  # the pipeline itself may know no classes
@@ -119,21 +109,47 @@ class Encoder:
             **{k: v for k, v in inputs.items() if k not in dropped and v is not None},
         }
 
-    def _call(self, images: Tensor, given: Mapping[str, Any]) -> None:
-        """Call the pipeline for as many images, of that size."""
+    def _latents(self, images: Tensor, given: Mapping[str, Any], noisy: Tensor) -> Tensor:
+        """The images' latents as the denoiser knows them. With the first batch it is found out how that is."""
+        assert self.vae is not None
+        raw = raw_latents(self.vae, images)
+        if self.normalise is not None:
+            return packed(self.pipe, self.normalise(self.vae, raw), noisy)
+        for normalise in (normalised, as_they_are):
+            latents = packed(self.pipe, normalise(self.vae, raw), noisy)
+            self._check_shape(images, latents, noisy)
+            if decodes(self.pipe, self.name, latents, raw, lambda pipe: self._call(pipe, images, given)):
+                self.normalise = normalise
+                return latents
+        raise ValueError(
+            f"{type(self.pipe).__name__} scales the latents of its {type(self.vae).__name__} in a way that is not "
+            f"known: encode the images yourself and prune the {self.name} alone"
+        )
+
+    def _check_shape(self, images: Tensor, latents: Tensor, noisy: Tensor) -> None:
+        if latents.shape != noisy.shape:
+            raise ValueError(
+                f"{type(self.pipe).__name__} gives its {type(self.model).__name__} {tuple(noisy.shape)}, the loader's "
+                f"images {tuple(images.shape)} become {tuple(latents.shape)}: give images of the size that the "
+                "pipeline makes, or encode them yourself and prune the component alone"
+            )
+
+    def _call(self, pipe: Any, images: Tensor, given: Mapping[str, Any]) -> None:
+        """Call a copy of the pipeline for as many images, of that size."""
         from diffusers.utils import is_bs4_available, is_ftfy_available
 
         arguments: dict[str, Any] = {
             "batch_size": len(images),
             "height": images.shape[-2],
             "width": images.shape[-1],
+            "num_frames": images.shape[2] if images.ndim == 5 else 1,
             "generator": torch.Generator().manual_seed(0),
             **SETTINGS,
             "clean_caption": is_bs4_available() and is_ftfy_available(),  # else every call says that it can't
             **({} if "true_cfg_scale" in self.known else {"guidance_scale": 1.0}),
             **given,
         }
-        if "prompt" in self.known and "prompt" not in given and "prompt_embeds" not in given:
+        if "prompt" in self.known and "prompt" not in given and not any(k.startswith("prompt_embeds") for k in given):
             raise ValueError(
                 f"{type(self.pipe).__name__} needs captions, but the loader's batches don't have them: yield "
                 "(images, captions), captions a list of strings ('' for none)"
@@ -141,23 +157,12 @@ class Encoder:
         if "class_labels" in self.known and "class_labels" not in given:
             raise ValueError(f"{type(self.pipe).__name__} needs class labels: let the loader yield (images, labels)")
         try:
-            self.pipe(**{k: v for k, v in arguments.items() if k in self.known})
+            pipe(**{k: v for k, v in arguments.items() if k in self.known})
         except (TypeError, ValueError, AttributeError) as e:
             raise ValueError(
                 f"{type(self.pipe).__name__} can't be called with images of {images.shape[-2]}x{images.shape[-1]} and "
                 f"{sorted(given) or 'nothing else'}: {e}"
             ) from e
-
-    def _packed(self, latents: Tensor, noisy: Tensor) -> Tensor:
-        """Latents as tokens, where the pipeline packs them so."""
-        pack = getattr(self.pipe, "_pack_latents", None)
-        if pack is None or noisy.ndim != 3 or latents.ndim != 4:
-            return latents
-        n, channels, height, width = latents.shape
-        sizes = {"batch_size": n, "num_channels_latents": channels, "height": height, "width": width}
-        if set(inspect.signature(pack).parameters) != {"latents", *sizes}:
-            return latents
-        return pack(latents.contiguous(), *sizes.values())
 
 
 def read(batch: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -202,37 +207,7 @@ def _rows(value: Any) -> Any:
     return [value] if isinstance(value, str) else list(value)
 
 
-@torch.no_grad()
-def encode_images(vae: nn.Module, images: Tensor) -> Tensor:
-    """Latents as the VAE makes them, drawn from its distribution where it has one.
-
-    Drawn from the CPU's global generator, which scoring seeds: the same numbers for every device.
-    """
-    device = next(vae.parameters()).device
-    return latents_of(vae.encode(images.to(device, dtype_of(vae))), torch.default_generator).float()  # type: ignore[operator]
-
-
-def normalised(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Latents as the denoiser knows them: the inverse of what pipelines do before ``vae.decode``."""
-    config = config_of(vae)
-    mean, std, shift = config.get("latents_mean"), config.get("latents_std"), config.get("shift_factor")
-    shape = (1, -1, *[1] * (latents.ndim - 2))
-    if mean is not None and std is not None:
-        mean, std = (torch.as_tensor(x, dtype=latents.dtype, device=latents.device).view(shape) for x in (mean, std))
-        latents = (latents - mean) / std
-    elif shift is not None:
-        latents = latents - shift
-    return latents * (config.get("scaling_factor") or 1.0)
-
-
-def _upcast(vae: nn.Module | None) -> nn.Module | None:
-    """A VAE that overflows in half precision, in single precision: a copy, as the pipelines decode with."""
-    if vae is None or dtype_of(vae) != torch.float16 or not config_of(vae).get("force_upcast"):
-        return vae
-    return copy.deepcopy(vae).float().eval()
-
-
-def _stopped_copy(pipe: Any, name: str, model: nn.Module) -> Any:
+def _callable_copy(pipe: Any, name: str, model: nn.Module) -> Any:
     """A shallow copy that may be called: with its own scheduler, silent, on the device of its text encoders."""
     modules = modules_of(pipe)
     encoders = [m for n, m in modules.items() if n.startswith("text_encoder")]

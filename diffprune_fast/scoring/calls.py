@@ -15,10 +15,11 @@ from .objectives import LossFunction, dtype_of, images_of, latents_of, make_obje
 from .untouched import own_randomness, stand_ins
 
 
-class _Called(BaseException):
+class Called(BaseException):
     """Ends a call where the model would run. No Exception: what calls the model may catch those."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
         self.arguments = arguments
 
 
@@ -32,12 +33,12 @@ def recorded_call(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(signature.bind(*args, **kwargs).arguments)
-        raise _Called({**{k: v for k, v in given.items() if k not in anything}, **given.get("".join(anything), {})})
+        raise Called({**{k: v for k, v in given.items() if k not in anything}, **given.get("".join(anything), {})})
 
     handle = model.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
         run()
-    except _Called as called:
+    except Called as called:
         return called.arguments
     finally:
         handle.remove()

@@ -29,6 +29,8 @@ KL_WEIGHT = 1e-6
 
 # Flow-matching transformers that are told sigma, where others are told sigma * 1000 (their pipelines divide by 1000).
 TOLD_SIGMA = ("Flux", "Chroma", "QwenImage", "OvisImage", "LongCatImage", "AuraFlow", "NucleusMoEImage", "Krea2")
+# Their embedding of the time takes its dtype from the time itself.
+FLOAT_TIME = ("HunyuanDiT",)
 # Their time and velocity run the other way: the loss below would be wrong.
 REVERSED = ("Lumina", "ZImage")
 
@@ -117,6 +119,7 @@ class Objective:
         images, noise = images.to(wide), noise.to(images.device, wide)
         inputs = map_tensors(inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)
         time = t if self.time is None else self.time[t.to(self.time.device)].to(images.device, dtype)
+        time = time.to(dtype) if type(model).__name__.startswith(FLOAT_TIME) else time
         signature = signature_of(model)
         inputs[signature.sample] = self.noisy(images, t, noise).to(dtype)
         if signature.timestep is not None:
