@@ -223,6 +223,23 @@ def test_an_offloaded_denoiser_is_refused() -> None:
         dpf.score_and_prune(pipe, [images()], **QUICK)
 
 
+def test_a_pipeline_that_begins_with_an_image_is_refused() -> None:
+    components = made("stable_diffusion").components
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match=r"StableDiffusionImg2ImgPipeline can't be called.*AutoPipelineForText2Image"):
+        dpf.score_and_prune(pipe, [(images(), CAPTIONS)], **QUICK)
+
+
+def test_a_pipeline_with_a_controlnet_is_refused() -> None:
+    pipe = made("stable_diffusion")
+    controlnet = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8))
+    steered = diffusers.StableDiffusionControlNetPipeline(
+        **pipe.components, controlnet=controlnet, requires_safety_checker=False
+    )
+    with pytest.raises(ValueError, match="steered by a network that looks at the noisy images"):
+        dpf.score_and_prune(steered, [(images(), CAPTIONS)], **QUICK)
+
+
 def test_component_is_for_pipelines() -> None:
     with pytest.raises(ValueError, match="UNet2DModel is none"):
         dpf.score_and_prune(made("ddpm").unet, [images()], component="unet", **QUICK)

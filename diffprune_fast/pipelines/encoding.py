@@ -43,7 +43,7 @@ def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[An
     encode: Callable[[Any], Any]
     if is_autoencoder(model):
         encode = images_alone
-    elif any(name in inspect.signature(model.forward).parameters for name in TIMESTEP_NAMES):
+    elif not set(TIMESTEP_NAMES).isdisjoint(inspect.signature(model.forward).parameters):
         encode = Encoder(pipe, name, model)
     else:
         raise ValueError(
@@ -90,7 +90,7 @@ class Encoder:
         make, and for a pipeline that scales its latents in an unknown way.
         """
         images, given = read(batch)
-        check_images(self.vae or self.model, images)
+        check_images(self.model if self.vae is None else self.vae, images)
         for what in ("prompt", "class_labels"):
             if len(given.get(what, images)) != len(images):
                 raise ValueError(f"the batch has {len(images)} images, but {len(given[what])} entries of {what!r}")
@@ -159,9 +159,10 @@ class Encoder:
         try:
             pipe(**{k: v for k, v in arguments.items() if k in self.known})
         except (TypeError, ValueError, AttributeError) as e:
+            hint = "; prune what AutoPipelineForText2Image.from_pipe makes of it" if "image" in self.known else ""
             raise ValueError(
                 f"{type(self.pipe).__name__} can't be called with images of {images.shape[-2]}x{images.shape[-1]} and "
-                f"{sorted(given) or 'nothing else'}: {e}"
+                f"{sorted(given) or 'nothing else'}: {e}{hint}"
             ) from e
 
 

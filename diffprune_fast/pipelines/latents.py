@@ -67,7 +67,7 @@ def packed(pipe: Any, latents: Tensor, noisy: Tensor) -> Tensor:
     sizes = {"batch_size": n, "num_channels_latents": channels, "height": height, "width": width}
     if set(inspect.signature(pack).parameters) != {"latents", *sizes}:
         return latents
-    return pack(latents.contiguous(), *sizes.values())
+    return pack(latents=latents.contiguous(), **sizes)
 
 
 def decodes(pipe: Any, name: str, latents: Tensor, raw: Tensor, call: Callable[[Any], None]) -> bool:

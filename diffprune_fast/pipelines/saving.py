@@ -12,6 +12,7 @@ import torch
 from ..checkpoint import SavedAsPruned, from_pretrained
 from ..manifest import MANIFEST, CheckpointError, read_manifest
 from ..result import PruneResult
+from ..scoring.objectives import dtype_of
 from .components import modules_of
 
 INDEX = "model_index.json"
@@ -53,9 +54,11 @@ def pipeline_from_pretrained(
     index = _checked_index(directory)
     dtype = torch_dtype or torch.float32
     parts = {name: directory / name for name in index if (directory / name / MANIFEST).is_file()}
-    pruned: dict[str, Any] = {name: from_pretrained(p, torch_dtype=dtype, verify=verify) for name, p in parts.items()}
+    pruned: dict[str, Any] = {name: from_pretrained(p, verify=verify) for name, p in parts.items()}
     for name, model in pruned.items():
         model.save_pretrained = SavedAsPruned.from_manifest(model, read_manifest(parts[name]))
+        if dtype_of(model) != dtype:
+            model.to(dtype)
     try:
         pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
             str(directory), torch_dtype=dtype, use_safetensors=True, local_files_only=True, **pruned
