@@ -464,14 +464,14 @@ class Scaling(diffusers.DiffusionPipeline):
     def __init__(self, unet: nn.Module, vae: nn.Module, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
-        self.factor = 1.0
+        self.factor = self.time_unit = 1.0
 
     @torch.no_grad()
     def __call__(self, batch_size: int = 1, num_inference_steps: int = 2, generator: Any = None) -> Any:
         latents = torch.randn(batch_size, 3, 8, 8, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
-            latents = self.scheduler.step(self.unet(latents, t).sample, t, latents).prev_sample
+            latents = self.scheduler.step(self.unet(latents, t * self.time_unit).sample, t, latents).prev_sample
         return self.vae.decode(latents * self.factor).sample
 
 
@@ -491,6 +491,14 @@ def test_a_pipeline_that_does_not_scale_gets_latents_as_they_are_and_another_is_
         dpf.score_and_prune(pipe, [images()], **QUICK)
     pipe.factor = 1.0
     assert_same(state(pipe), before)
+
+
+def test_a_pipeline_that_tells_its_denoiser_another_time_than_the_loss_is_refused() -> None:
+    pipe = Scaling(made("ldm").unet, kl(3), diffusers.FlowMatchEulerDiscreteScheduler())
+    assert next(iter(encoded(pipe, [images()])))["sample"].shape == (4, 3, 8, 8)
+    pipe.time_unit = 0.001
+    with pytest.raises(ValueError, match=r"Scaling tells its UNet2DModel the time 1 where the loss would tell it 1000"):
+        dpf.score_and_prune(pipe, [images()], **QUICK)
 
 
 def _others() -> dict[str, Callable[[], Any]]:

@@ -19,6 +19,7 @@ from ..evaluation.modes import in_mode
 from ..scoring.batches import as_loader, check_images
 from ..scoring.calls import recorded_call
 from ..scoring.conditioning import LABEL_KEYS, TIMESTEP_NAMES, is_autoencoder, signature_of, wants_labels
+from ..scoring.objectives import make_objective
 from .components import autoencoder_of, find_component, modules_of
 from .latents import as_they_are, decodes, normalised, packed, raw_latents, upcast
 
@@ -27,6 +28,9 @@ CAPTION_KEYS = ("prompt", "prompts", "caption", "captions", "text", "texts")
 # What a call is made with, where the pipeline knows it. Guidance would double the batch; where "true_cfg_scale" turns
 # it on, "guidance_scale" is an input of the denoiser and stays the pipeline's own.
 SETTINGS: Mapping[str, Any] = {"num_inference_steps": 2, "use_resolution_binning": False, "true_cfg_scale": 1.0}
+
+# Between the pipeline's first time and the loss's: half precision rounds by .004; units and directions differ by more.
+TIME_TOLERANCE = 0.01
 
 
 def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[Any]:
@@ -82,6 +86,7 @@ class Encoder:
         self.pipe = _callable_copy(pipe, name, model)
         self.known = set(inspect.signature(pipe.__call__).parameters)
         self.normalise: Callable[[nn.Module, Tensor], Tensor] | None = None
+        self.checked = False
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         """The denoiser's inputs, by name, without the timestep; the latents are not noisy.
@@ -100,6 +105,9 @@ class Encoder:
             noisy = inputs[signature.sample]
             latents = images if self.vae is None else self._latents(images, given, noisy)
         self._check_shape(images, latents, noisy)
+        if not self.checked:
+            self._check_time(inputs.get(signature.timestep or ""))
+            self.checked = True
         labels = given.get("class_labels")
         if labels is not None and wants_labels(self.model):
             inputs["class_labels"] = torch.as_tensor(labels)  # the pipeline itself may know no classes
@@ -132,6 +140,22 @@ class Encoder:
                 f"{type(self.pipe).__name__} gives its {type(self.model).__name__} {tuple(noisy.shape)}, the loader's "
                 f"images {tuple(images.shape)} become {tuple(latents.shape)}: give images of the size that the "
                 "pipeline makes, or encode them yourself and prune the component alone"
+            )
+
+    def _check_time(self, told: Any) -> None:
+        """The loss has to tell the denoiser the time as the pipeline does: the timestep, or one from 0 to 1."""
+        try:
+            objective = make_objective(self.model, self.pipe.scheduler)
+        except ValueError:
+            return  # scoring will say so, unless it has a loss_fn
+        expected = float(self.pipe.scheduler.timesteps[0])
+        if objective.time is not None:
+            expected *= float(objective.time[-1]) / objective.n_timesteps
+        found = float(torch.as_tensor(told).flatten()[0])
+        if abs(found - expected) > TIME_TOLERANCE * abs(expected):
+            raise ValueError(
+                f"{type(self.pipe).__name__} tells its {type(self.model).__name__} the time {found:g} where the loss "
+                f"would tell it {expected:g}: prune the {self.name} with loss_fn(model, batch, t, noise)"
             )
 
     def _call(self, pipe: Any, images: Tensor, given: Mapping[str, Any]) -> None:
