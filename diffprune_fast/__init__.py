@@ -19,6 +19,7 @@ _PUBLIC = {
     "PruneResult": "result",
     "score_and_prune": "pipeline",
     "from_pretrained": "checkpoint",
+    "pipeline_from_pretrained": "pipelines",
     "ops": "ops",
 }
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .depth import drop_blocks as drop_blocks
     from .depth import score_blocks as score_blocks
     from .pipeline import score_and_prune as score_and_prune
+    from .pipelines import pipeline_from_pretrained as pipeline_from_pretrained
     from .result import PruneResult as PruneResult
     from .scoring import Scores as Scores
     from .scoring import score as score

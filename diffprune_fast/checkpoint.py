@@ -42,25 +42,69 @@ def save(result: PruneResult, directory: str | os.PathLike[str]) -> None:
 
     Raises CheckpointError for a model that has no memory (``meta``) or state that isn't tensors; OSError from the disk.
     """
-    directory = Path(directory)
-    model = result.model
+    _write(result.model, _record(result), Path(directory))
+
+
+class SavedAsPruned:
+    """``save_pretrained`` of a pruned module: diffusers' own would write the config of the widths before pruning.
+
+    model: the pruned module. record: what the manifest says about its pruning.
+    """
+
+    def __init__(self, model: nn.Module, record: Mapping[str, Any]) -> None:
+        self.model, self.record = model, record
+
+    @classmethod
+    def of(cls, result: PruneResult) -> SavedAsPruned:
+        return cls(result.model, _record(result))
+
+    @classmethod
+    def from_manifest(cls, model: nn.Module, manifest: Mapping[str, Any]) -> SavedAsPruned:
+        """For a module that was loaded: it is saved again with the record it came with."""
+        record = {k: v for k, v in manifest.items() if k not in _OF_THE_FILES}
+        return cls(model, {**record, "keep": {name: pack_runs(units) for name, units in manifest["keep"].items()}})
+
+    def __call__(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any) -> None:
+        """Write the module as :func:`save` does. Raises ValueError for options of diffusers that this format lacks."""
+        wanted = {k for k, v in options.items() if v is not None and (k, v) not in _AS_IT_IS}
+        if wanted:
+            raise ValueError(f"a pruned {type(self.model).__name__} is saved as one safetensors file, without {wanted}")
+        if is_main_process:
+            _write(self.model, self.record, Path(save_directory))
+
+
+# What a manifest says about the files beside it, not about how the model was pruned.
+_OF_THE_FILES = ("format", "versions", "model_class", "plain_config", "tied", "shapes", "sha256")
+# Options of diffusers' save_pretrained that ask for what is done anyway.
+_AS_IT_IS = (("safe_serialization", True), ("push_to_hub", False), ("use_flashpack", False))
+
+
+def _record(result: PruneResult) -> dict[str, Any]:
+    """What the manifest says that the pruned model itself doesn't."""
+    return {
+        "plan": result.plan.hash,
+        "attributes": {name: value for name, value in result.attributes.items() if is_count(value)},
+        "keep": {name: pack_runs(units) for name, units in result.keep.items()},
+        **provenance(result),
+    }
+
+
+def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None:
     weights, tied = _weights(model)
     buffers = {n: b.detach().contiguous() for n, b in model.named_buffers() if n not in weights and n not in tied}
     is_diffusers = hasattr(model, "save_config") and hasattr(model, "config")
     dropped = dropped_blocks(model)
     plain = plain_config(model) if not dropped else None
     manifest = {
+        **record,
         "format": FORMAT,
         "versions": versions(),
         "model_class": type(model).__name__,
-        "plan": result.plan.hash,
         "plain_config": plain is not None,
         "tied": tied,
         "shapes": {name: list(t.shape) for name, t in sorted({**weights, **buffers}.items())},
         "dropped": dropped,
-        "attributes": {} if plain is not None else _attributes(result, is_diffusers),
-        "keep": {name: pack_runs(units) for name, units in result.keep.items()},
-        **provenance(result),
+        "attributes": {} if plain is not None else _attributes(model, record["attributes"], is_diffusers),
     }
     directory.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=".diffprune-", dir=directory))
@@ -106,6 +150,8 @@ def from_pretrained(
     Raises CheckpointError for anything that is missing, cut short or contradictory.
     """
     directory = Path(directory)
+    if (directory / "model_index.json").exists():
+        raise CheckpointError(f"{directory} is a whole pipeline: load it with pipeline_from_pretrained")
     manifest = read_manifest(directory)
     state = _read_tensors(directory, WEIGHTS, manifest, verify)
     buffers = _read_tensors(directory, BUFFERS, manifest, verify) if BUFFERS in manifest["sha256"] else {}
@@ -145,13 +191,12 @@ def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     return weights, tied
 
 
-def _attributes(result: PruneResult, is_diffusers: bool) -> dict[str, Any]:
-    """What a freshly built model lacks, also where it was pruned before and ``result`` knows the last time only."""
-    attributes = {name: value for name, value in result.attributes.items() if is_count(value)}
+def _attributes(model: nn.Module, known: Mapping[str, Any], is_diffusers: bool) -> dict[str, Any]:
+    """What a freshly built model lacks, also where it was pruned before and ``known`` is of the last time only."""
+    attributes = dict(known)
     if is_diffusers:
-        model = result.model
         attributes.update(changed_attributes(model, build_on_meta(type(model), own_config(model))))
-    return {name: list(v) if isinstance(v, tuple) else int(v) for name, v in sorted(attributes.items())}
+    return {n: list(v) if isinstance(v, (tuple, list)) else int(v) for n, v in sorted(attributes.items())}
 
 
 def _sha256(path: Path) -> str:

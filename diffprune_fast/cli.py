@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from .result import PruneResult
 
 app = typer.Typer(
     name="diffprune-fast",
@@ -64,9 +64,15 @@ def trace(
 
 @app.command()
 def prune(
-    model_dir: ModelDir,
+    model_dir: Annotated[Path, typer.Argument(help="Folder of a diffusers model or pipeline, pruned before or not.")],
     out: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
-    images: Annotated[Optional[Path], typer.Option(help="Folder of training images (any depth).")] = None,  # noqa: UP045
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Folder of training images (any depth); captions in metadata.jsonl or .txt files beside them."
+        ),
+    ] = None,
+    component: Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")] = None,  # noqa: UP045
     ratio: Annotated[Optional[float], typer.Option(help="Share of units to remove. Default: 0.3.")] = None,  # noqa: UP045
     params: Annotated[Optional[float], typer.Option(help="Parameters to keep: a share or a number.")] = None,  # noqa: UP045
     macs: Annotated[Optional[float], typer.Option(help="MACs to keep: a share or a number.")] = None,  # noqa: UP045
@@ -82,23 +88,23 @@ def prune(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of the scheduler's config. Default: the model's pipeline's, else 1000-step DDPM."),
     ] = None,
-    size: Annotated[Optional[int], typer.Option(help="Image size. Default: the model's sample_size.")] = None,  # noqa: UP045
+    size: Annotated[Optional[int], typer.Option(help="Image size. Default: what the model is made for.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(help="Images per micro-batch.")] = 32,
     max_samples: Annotated[int, typer.Option(help="The most images to score with.")] = 4096,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ... Default: cuda where there is one.")] = None,  # noqa: UP045
 ) -> None:
-    """Prune a model to a budget and save it."""
+    """Prune a model, or a component of a pipeline, to a budget and save it."""
     with _errors_in_one_line():
         from . import score_and_prune
-        from .checkpoint import read_manifest
 
         if out.resolve() == model_dir.resolve():
             raise ValueError(f"--out {out} is the model's own folder: choose another, the original would be lost")
         model = _load(model_dir).to(_device(device))
         result = score_and_prune(
             model,
-            _loader(model, images, criterion, size, batch_size, seed),
+            _loader(model, component, images, criterion, size, batch_size, seed),
+            component=component,
             ratio=ratio,
             params=params,
             macs=macs,
@@ -110,7 +116,7 @@ def prune(
             round_to=round_to,
             rounding=rounding,
             ignore=ignore or (),
-            scheduler=_scheduler(model_dir, scheduler),
+            **_scheduler(model_dir, scheduler),
             micro_batch=batch_size,
             min_samples=min(512, max_samples),
             max_samples=max_samples,
@@ -118,8 +124,17 @@ def prune(
         )
         result.save_pretrained(out)
         typer.echo(str(result))
-        cls = f"diffusers.{type(model).__name__}" if read_manifest(out)["plain_config"] else "diffprune_fast"
-        typer.echo(f"saved:  {out} (load it with {cls}.from_pretrained({str(out)!r}))")
+        typer.echo(f"saved:  {out} (load it with {_way_to_load(result, out)}({str(out)!r}))")
+
+
+def _way_to_load(result: PruneResult, out: Path) -> str:
+    from .checkpoint import MANIFEST, read_manifest
+
+    manifests = out.glob(MANIFEST if result.pipeline is None else f"*/{MANIFEST}")
+    plain = all(read_manifest(path.parent)["plain_config"] for path in manifests)
+    if result.pipeline is not None:
+        return "diffusers.DiffusionPipeline.from_pretrained" if plain else "diffprune_fast.pipeline_from_pretrained"
+    return f"{f'diffusers.{type(result.model).__name__}' if plain else 'diffprune_fast'}.from_pretrained"
 
 
 @contextmanager
@@ -138,8 +153,8 @@ def _errors_in_one_line() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _load(model_dir: Path, weights: bool = True) -> nn.Module:
-    """The model in a folder; without weights it is on ``meta`` where that is possible."""
+def _load(model_dir: Path, weights: bool = True) -> Any:
+    """The model or pipeline in a folder; without weights it is a model, on ``meta`` where that is possible."""
     from .checkpoint import CONFIG, MANIFEST, diffusers_class, from_pretrained
     from .plain_config import build_on_meta
 
@@ -148,6 +163,10 @@ def _load(model_dir: Path, weights: bool = True) -> nn.Module:
     if (model_dir / MANIFEST).exists():
         return from_pretrained(model_dir)
     if (model_dir / "model_index.json").exists():
+        if weights:
+            from .pipelines import pipeline_from_pretrained
+
+            return pipeline_from_pretrained(model_dir)
         parts = [p.parent.name for p in sorted(model_dir.glob(f"*/{CONFIG}"))]
         raise ValueError(f"{model_dir} is a pipeline: give the folder of one of its models ({', '.join(parts)})")
     config = _read_config(model_dir / CONFIG)
@@ -184,22 +203,32 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _loader(model: Any, images: Path | None, criterion: str, size: int | None, batch_size: int, seed: int) -> Any:
+def _loader(
+    model: Any, component: str | None, images: Path | None, criterion: str, size: int | None, batch_size: int, seed: int
+) -> Any:
     from .image_folder import ImageFolder
+    from .pipelines import find_component, image_shape, is_pipeline, takes_captions
+    from .scoring.conditioning import is_autoencoder
 
     if images is None:
         if criterion in ("magnitude", "random"):
             return None
         raise ValueError(f"--images: criterion {criterion} needs a folder of training images")
-    wanted = size or model.config.get("sample_size")
+    captions = False
+    if is_pipeline(model):
+        channels, default = image_shape(model)
+        captions = takes_captions(model) and not is_autoencoder(find_component(model, component)[1])
+    else:
+        channels, default = model.config.get("in_channels", 3), model.config.get("sample_size")
+    wanted = size or default
     if wanted is None:
         raise ValueError("--size: the model's config has no sample_size, so the images' size must be given")
     height, width = (wanted, wanted) if isinstance(wanted, int) else wanted
-    return ImageFolder(images, (height, width), model.config.get("in_channels", 3), batch_size, seed)
+    return ImageFolder(images, (height, width), channels, batch_size, seed, captions)
 
 
-def _scheduler(model_dir: Path, given: Path | None) -> Any:
-    """The scheduler whose noise the model was trained with: the given one, or its pipeline's."""
+def _scheduler(model_dir: Path, given: Path | None) -> dict[str, Any]:
+    """The scheduler whose noise the model was trained with: the given one, or its pipeline's; as an option."""
     import diffusers
 
     name = "scheduler_config.json"
@@ -210,7 +239,7 @@ def _scheduler(model_dir: Path, given: Path | None) -> Any:
             cls = getattr(diffusers, config["_class_name"], None) if config["_class_name"].isidentifier() else None
             if not isinstance(cls, type) or not issubclass(cls, diffusers.SchedulerMixin):
                 raise ValueError(f"{place / name}: {config['_class_name']!r} is not a scheduler of diffusers")
-            return cls.from_config(config)  # type: ignore[attr-defined]
+            return {"scheduler": cls.from_config(config)}  # type: ignore[attr-defined]
     if given is not None:
         raise ValueError(f"--scheduler {given}: there is no {name}")
-    return None
+    return {}

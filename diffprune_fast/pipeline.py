@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,20 @@ import torch
 from torch import nn
 
 from .depth.shallower import prune_shallower
+from .pipelines import opened
 from .result import PruneResult
-from .scoring import score
+from .scoring import first_call, score
 from .selection import select
 from .slicing import dry_run, prune
 from .tracing import Plan, trace
+from .tracing.inputs import knows_inputs
 
 
 def score_and_prune(
-    model: nn.Module,
+    model: Any,
     loader: Iterable[Any] | None,
     *,
+    component: str | None = None,
     ratio: float | None = None,
     params: float | None = None,
     macs: float | None = None,
@@ -39,14 +43,16 @@ def score_and_prune(
 ) -> PruneResult:
     """Make a trained diffusion model smaller: remove the channels that its loss needs least.
 
-    loader: images as the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also
-    ``(images, labels)`` pairs or dicts with conditioning inputs. ratio, params, macs: the budget, one of them; nothing
-    is ``ratio=0.3``. ``units``: whether dims or whole heads of attentions go, see :func:`trace`. ``inplace=False``
-    leaves the model alone and prunes a copy. ``plan``: what :func:`trace` gave, if it is there already.
-    ``drop_blocks``: whole residual blocks go first, so many of those that cost least, or the ones named (see
+    model: a module, or a diffusers pipeline, of which ``component`` is pruned (None: the denoiser). loader: images as
+    the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also ``(images, labels)`` pairs or dicts
+    with conditioning inputs; for a pipeline images and captions, see :func:`~diffprune_fast.pipelines.encoded`.
+    ratio, params, macs: the budget, one of them; nothing is ``ratio=0.3``. units: whether dims or whole heads of
+    attentions go, see :func:`trace`. ``inplace=False`` leaves the model alone and prunes a copy. example_inputs: as in
+    :func:`trace`; where a class isn't known the loader's first batch serves. plan: what :func:`trace` gave, if it is
+    there already. drop_blocks: whole residual blocks go first, so many of those that cost least, or the ones named (see
     :func:`drop_blocks`); a share asked of params or macs is one of the whole model. Further options are those of
-    :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select` (``ranking``,
-    ``round_to``, ``ignore``, …).
+    :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select` (``ranking``, ``round_to``,
+    ``ignore``, …).
 
     The budget and the slicing are rehearsed before the scores are computed, and nothing of the model changes before
     everything is checked: if this raises, the model is as it was.
@@ -57,23 +63,47 @@ def score_and_prune(
 
     Source: Fang, Ma, Wang: Structural Pruning for Diffusion Models (NeurIPS 2023, arXiv 2305.10924).
     """
+    _sorted_out(options)  # an unknown name fails before anything else
+    model, loader, options, put_back = opened(model, component, loader, options)
+    if example_inputs is None and loader is not None and not knows_inputs(model):
+        how = {name: options.get(name) for name in ("scheduler", "loss_fn")}
+        example_inputs, loader = first_call(model, loader, seed=seed, **how)
+    if drop_blocks is not None and plan is not None:
+        raise ValueError("drop_blocks changes what goes together: leave out plan, it is traced without the blocks")
+
+    prune_model = prune_channels if drop_blocks is None else partial(prune_shallower, prune_channels, drop_blocks)
+    result = prune_model(
+        model,
+        loader,
+        budget={"ratio": ratio, "params": params, "macs": macs},
+        units=units,
+        norm_groups=norm_groups,
+        inplace=inplace,
+        optimizer=optimizer,
+        example_inputs=example_inputs,
+        plan=plan,
+        seed=seed,
+        options=options,
+    )
+    return put_back(result)
+
+
+def prune_channels(
+    model: nn.Module,
+    loader: Iterable[Any] | None,
+    *,
+    budget: Mapping[str, Any],
+    units: str,
+    norm_groups: str,
+    inplace: bool,
+    optimizer: torch.optim.Optimizer | None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None,
+    plan: Plan | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> PruneResult:
+    """The method: trace, score, select, slice. Arguments and errors are those of :func:`score_and_prune`."""
     scoring, selecting = _sorted_out(options)
-    budget: dict[str, Any] = {"ratio": ratio, "params": params, "macs": macs}
-    if drop_blocks is not None:
-        if plan is not None:
-            raise ValueError("drop_blocks changes what goes together: leave out plan, it is traced without the blocks")
-        return prune_shallower(
-            score_and_prune,
-            model,
-            loader,
-            drop_blocks,
-            budget=budget,
-            inplace=inplace,
-            optimizer=optimizer,
-            example_inputs=example_inputs,
-            seed=seed,
-            options={**options, "units": units, "norm_groups": norm_groups},
-        )
     started = time.perf_counter()
 
     if plan is None:
@@ -111,7 +141,7 @@ def score_and_prune(
     return result
 
 
-def _sorted_out(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sorted_out(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options by the function that takes them; an unknown name is an error that offers the nearest one."""
     of_score, of_select = (_keywords(f) for f in (score, select))
     known = of_score | of_select | _keywords(score_and_prune)

@@ -37,7 +37,8 @@ class PruneResult:
     stay. before, after: what it cost and what it costs. shapes: every parameter and floating-point buffer after
     slicing. attributes: the module attributes that slicing changed (``"conv_in.out_channels"`` to the new value).
     seconds: wall-clock time per stage. dropped: the residual blocks that were taken out first, blocks: what each would
-    have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them.
+    have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them. pipeline,
+    component: the diffusers pipeline that the model is part of, and the model's name there; None for a model alone.
     """
 
     model: nn.Module
@@ -54,9 +55,16 @@ class PruneResult:
     seed: int | None = None
     dropped: tuple[str, ...] = ()
     blocks: BlockScores | None = None
+    pipeline: Any = None
+    component: str | None = None
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write safetensors, ``config.json`` and ``diffprune.json`` into ``directory``."""
+        """Write safetensors, ``config.json`` and ``diffprune.json`` into ``directory``; the whole pipeline, if one was
+        given."""
+        if self.pipeline is not None:
+            from .pipelines.saving import save_pipeline
+
+            return save_pipeline(self, directory)
         from .checkpoint import save
 
         save(self, directory)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDPMScheduler,
     DiTTransformer2DModel,
     EDMEulerScheduler,
@@ -17,6 +18,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
 from scoring_models import images, tiny
 from torch import Tensor, nn
@@ -166,8 +168,34 @@ def test_autoencoder_is_scored_by_reconstruction_and_a_little_kl() -> None:
     loss = objective.loss(vae, x, 0, torch.zeros_like(x), reduction="none")
     posterior = vae.encode(x).latent_dist
     error = (vae.decode(posterior.mode()).sample - x).square().flatten(1).mean(1)
-    expected = error + KL_WEIGHT * posterior.kl() / posterior.mean[0].numel()
-    torch.testing.assert_close(loss, expected)
+    # Relative to the error as in training, where both are sums over an image.
+    torch.testing.assert_close((loss - error) / KL_WEIGHT, posterior.kl() / x[0].numel())
+
+
+def test_autoencoder_with_a_codebook_is_scored_by_reconstruction_and_commitment() -> None:
+    torch.manual_seed(0)
+    vae = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=2, num_vq_embeddings=8).double().eval()
+    x = images(2)
+    loss = make_objective(vae).loss(vae, x, 0, torch.zeros_like(x), reduction="none")
+    latents = vae.quant_conv(vae.encoder(x))
+    _, commitment, _ = vae.quantize(latents)
+    assert commitment > 0
+    error = (vae(x).sample - x).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, error + commitment)
+
+
+def test_every_part_of_an_autoencoder_that_rounds_its_latents_has_a_gradient() -> None:
+    """AutoencoderTiny.forward rounds them to bytes, so that nothing would reach the encoder."""
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    x = torch.rand(2, 3, 8, 8)
+    make_objective(vae).loss(vae, x, 0, torch.zeros_like(x)).backward()
+    assert vae.encoder.layers[0].weight.grad.abs().max() > 0
 
 
 def test_noise_is_the_generators_whatever_the_dtype() -> None:

@@ -14,9 +14,9 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from ..scoring import AUTOCAST, batch_check, check_timesteps, counted_timesteps
+from ..scoring import AUTOCAST, check_timesteps, counted_timesteps
 from ..scoring.accumulate import CHECK_EVERY, Work
-from ..scoring.batches import Batches, count
+from ..scoring.batches import Batches, check_batch, count
 from ..scoring.objectives import LossFunction, make_objective
 from ..scoring.untouched import check_weights, own_randomness, stand_ins, unwrapped
 from ..tracing.plan import Plan
@@ -112,7 +112,7 @@ def score_blocks(
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no residual block that could be left out")
     with own_randomness(seed, loader), torch.inference_mode(False), torch.enable_grad():
-        batches = Batches(loader, batch_check(model, loss_fn))
+        batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn))
         with stand_ins(model, ()) as none:
             plan = Plan(type(model).__name__, (), (), {}, {})
             work = Work(model, plan, objective, batches, none, device, seed, AUTOCAST[autocast], progress=progress)

@@ -20,10 +20,10 @@ from .scoring import BlockScores, score_blocks
 
 
 def prune_shallower(
-    prune_width: Callable[..., PruneResult],
+    prune_channels: Callable[..., PruneResult],
+    blocks: int | str | Sequence[str],
     model: nn.Module,
     loader: Iterable[Any] | None,
-    blocks: int | str | Sequence[str],
     *,
     budget: Mapping[str, float | None],
     inplace: bool,
@@ -31,10 +31,12 @@ def prune_shallower(
     example_inputs: tuple[Any, ...] | dict[str, Any] | None,
     seed: int,
     options: Mapping[str, Any],
+    **settings: Any,
 ) -> PruneResult:
-    """Drop ``blocks`` (so many of the cheapest, or names), then let ``prune_width`` prune what is left.
+    """Drop ``blocks`` (so many of the cheapest, or names), then let ``prune_channels`` prune what is left.
 
-    Raises what it raises, DepthError for names that are no blocks, ValueError for a number that can't be had.
+    Everything after ``blocks`` is as ``prune_channels`` takes it. Raises what it raises, DepthError for names that are
+    no blocks, ValueError for a number that can't be had.
     """
     parse_budget(budget)
     if not inplace:
@@ -47,14 +49,16 @@ def prune_shallower(
     old = list(model.parameters())
     with without(model, chosen, example_inputs):
         shallow = time.perf_counter() - begin
-        result = prune_width(
+        result = prune_channels(
             model,
             loader,
-            **_of_whole(budget, before),
+            budget=_of_whole(budget, before),
+            inplace=True,
             optimizer=optimizer,
             example_inputs=example_inputs,
             seed=seed,
-            **options,
+            options=options,
+            **settings,
         )
     if optimizer is not None:
         forget(optimizer, old, model)

@@ -7,7 +7,7 @@ samples, ``reference`` the reference's loop.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import nn
 from ..ops import channel_scores_
 from ..tracing.plan import Plan
 from .accumulate import MeanGradient, MicroScores, Work, rank_and_count, summed_over_ranks, until_agreed
-from .batches import Batches, check_images
-from .conditioning import moved, read_batch
+from .batches import Batches, check_batch
+from .calls import first_call
+from .conditioning import moved
 from .criteria import CRITERIA, VARIANTS, Criterion, Variant
 from .objectives import LossFunction, Objective, make_objective
 from .reference import reference_scores
@@ -34,6 +35,7 @@ __all__ = [
     "LossCurve",
     "Objective",
     "Scores",
+    "first_call",
     "keep_set_agreement",
     "make_objective",
     "score",
@@ -112,11 +114,10 @@ def score(
     objective = make_objective(model, scheduler, loss_fn).on(device)
     asked = None if timesteps is None else check_timesteps(timesteps, objective.n_timesteps)
     limit = (reading.threshold if threshold is None else threshold) if rule.thresholded and asked is None else None
-
     if loader is None:
         raise ValueError(f"criterion {criterion!r} needs images: give a loader (only magnitude and random need none)")
     with own_randomness(seed, loader), torch.inference_mode(False), torch.enable_grad():
-        batches = Batches(loader, batch_check(model, loss_fn))
+        batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn))
         with stand_ins(model, table.parameters) as parameters:
             work = Work(
                 model, plan, objective, batches, parameters, device, seed, AUTOCAST[autocast], backend, progress
@@ -184,17 +185,6 @@ def _reference(
     values, walk = reference_scores(work, cells, variant=reading, threshold=threshold)
     curve = walk.curve(threshold) if threshold is not None and len(walk.timesteps) > 1 else None
     return {"values": values, "samples": walk.samples, "agreement": None, "curve": curve}
-
-
-def batch_check(model: nn.Module, loss_fn: LossFunction | None) -> Callable[[Any], None]:
-    """What every batch of a loader has to stand; a ``loss_fn`` may take what the model alone doesn't."""
-
-    def check(batch: Any) -> None:
-        check_images(model, batch, channels=loss_fn is None)
-        if loss_fn is None:
-            read_batch(model, batch)
-
-    return check
 
 
 def counted_timesteps(work: Work, threshold: float | None) -> tuple[LossCurve | None, np.ndarray]:

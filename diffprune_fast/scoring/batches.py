@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .conditioning import SHARED, config_of, tensors_in
-from .objectives import images_of
+from .conditioning import SHARED, config_of, read_batch, tensors_in
+from .objectives import LossFunction, images_of
 
 # What a loader that can be walked only once may leave in memory, to be seen again.
 CACHE_BYTES = 1 << 30
+EMPTY = "the loader is empty: scoring needs at least one batch of images"
 
 
 class Batches:
@@ -25,19 +27,14 @@ class Batches:
     """
 
     def __init__(self, loader: Iterable[Any], check: Callable[[Any], None]) -> None:
-        if isinstance(loader, Tensor):
-            loader = [loader]
-        if loader is None or not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, Mapping)):
-            raise TypeError(
-                f"loader must be an iterable of batches, such as a DataLoader; it is {type(loader).__name__}"
-            )
+        loader = as_loader(loader)
         self._loader, self._check = loader, check
         self._iterator: Iterator[Any] = iter(loader)
         self._once = self._iterator is loader
         self._cache: list[Any] = []
         self._room = CACHE_BYTES
         self._left: Any = None
-        self.first = self._draw(empty="the loader is empty: scoring needs at least one batch of images")
+        self.first = self._draw(empty=EMPTY)
         self._pending: list[Any] = [self.first]
 
     def take(self, size: int) -> Any:
@@ -79,6 +76,31 @@ class Batches:
         if size <= self._room or not self._cache:
             self._room -= size
             self._cache.append(batch)
+
+
+def as_loader(loader: Any) -> Iterable[Any]:
+    """The loader; a tensor is one batch. Raises TypeError for something that isn't an iterable of batches."""
+    if isinstance(loader, Tensor):
+        return [loader]
+    if not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, Mapping)):
+        raise TypeError(f"loader must be an iterable of batches, such as a DataLoader; it is {type(loader).__name__}")
+    return loader
+
+
+def peeked(loader: Any) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and the loader as if nobody had looked. Raises ValueError for an empty loader."""
+    loader = as_loader(loader)
+    iterator = iter(loader)
+    for first in iterator:
+        return first, itertools.chain([first], iterator) if iterator is loader else loader
+    raise ValueError(EMPTY)
+
+
+def check_batch(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> None:
+    """Raise ValueError or TypeError for a batch that the model can't be scored with."""
+    check_images(model, batch, channels=loss_fn is None)
+    if loss_fn is None:
+        read_batch(model, batch)
 
 
 def check_images(model: nn.Module, batch: Any, *, channels: bool = True) -> None:

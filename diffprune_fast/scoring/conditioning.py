@@ -30,7 +30,7 @@ NEEDED_BY_CONFIG = {
 }
 PER_SAMPLE = ("class_labels", "encoder_hidden_states", "pooled_projections")
 # Positions of tokens: one table for all samples, however many rows it has.
-SHARED = ("img_ids", "txt_ids")
+SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
 
 
 @dataclass(frozen=True)

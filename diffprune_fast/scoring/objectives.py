@@ -29,6 +29,8 @@ KL_WEIGHT = 1e-6
 
 # Flow-matching transformers that are told sigma, where others are told sigma * 1000 (their pipelines divide by 1000).
 TOLD_SIGMA = ("Flux", "Chroma", "QwenImage", "OvisImage", "LongCatImage", "AuraFlow", "NucleusMoEImage", "Krea2")
+# Their embedding of the time takes its dtype from the time itself.
+FLOAT_TIME = ("HunyuanDiT",)
 # Their time and velocity run the other way: the loss below would be wrong.
 REVERSED = ("Lumina", "ZImage")
 
@@ -125,6 +127,7 @@ class Objective:
         images, noise = images.to(wide), noise.to(images.device, wide)
         inputs = map_tensors(inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)
         time = t if self.time is None else self.time[t.to(self.time.device)].to(images.device, dtype)
+        time = time.to(dtype) if type(model).__name__.startswith(FLOAT_TIME) else time
         signature = signature_of(model)
         inputs[signature.sample] = self.noisy(images, t, noise).to(dtype)
         if signature.timestep is not None:
@@ -160,7 +163,7 @@ def make_objective(model: nn.Module, scheduler: Any = None, loss_fn: LossFunctio
     is known by the class (``FlowMatch…``) or ``prediction_type="flow_prediction"``. None: ``DDPMScheduler()`` as it
     comes, 1000 linear steps that predict the noise. loss_fn: ``(model, batch, t, noise) -> (batch,) or scalar`` for
     everything else; ``batch`` is what the loader yields, ``t`` ``(batch,)`` integers. An autoencoder is scored by its
-    reconstruction error (and 1e-6 of its KL divergence).
+    squared reconstruction error with 1e-6 of its KL divergence, or its commitment loss where it has a codebook.
 
     Raises ValueError for a scheduler whose objective is not known.
     """
@@ -216,13 +219,25 @@ def _reconstruction_error(model: nn.Module, images: Tensor) -> Tensor:
     dtype = dtype_of(model)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     encoded = model.encode(images.to(dtype))  # type: ignore[operator]
+    decoded = model.decode(latents_of(encoded))  # type: ignore[operator]
+    error = (first_tensor(decoded).to(wide) - images.to(wide)).square()
+    posterior = getattr(encoded, "latent_dist", None)
+    beside: Tensor | None = getattr(decoded, "commit_loss", None)
+    if posterior is not None:
+        # Both losses are sums over an image there, and the mean over the image's elements here.
+        beside = KL_WEIGHT * posterior.kl() / error[0].numel()
+    return error if beside is None else error + beside.to(wide).view(-1, *[1] * (error.ndim - 1))
+
+
+def latents_of(encoded: Any, generator: torch.Generator | None = None) -> Tensor:
+    """The latents in an autoencoder's answer to ``encode``.
+
+    generator: draws from the distribution that the encoder describes; None takes its mode.
+    """
     posterior = getattr(encoded, "latent_dist", None)
     if posterior is None:
-        return (first_tensor(model(images.to(dtype))).to(wide) - images.to(wide)).square()
-    output = first_tensor(model.decode(posterior.mode())).to(wide)  # type: ignore[operator]
-    error = (output - images.to(wide)).square()
-    kl = posterior.kl().to(wide) / posterior.mean[0].numel()
-    return error + KL_WEIGHT * kl.view(-1, *[1] * (error.ndim - 1))
+        return first_tensor(encoded)
+    return posterior.mode() if generator is None else posterior.sample(generator)
 
 
 def _reduced_already(loss: Tensor, reduction: str) -> Tensor:

@@ -17,6 +17,8 @@ def calls_of(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] 
     Raises:
         ValueError: nothing was given and the class isn't known.
     """
+    if isinstance(example_inputs, list):
+        return example_inputs  # calls already: of an autoencoder, say, encode and decode
     if isinstance(example_inputs, dict):
         return [("forward", (), dict(example_inputs))]
     if isinstance(example_inputs, Tensor):
@@ -30,6 +32,11 @@ def calls_of(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] 
         f"no example inputs are known for {type(model).__name__}: give example_inputs, a tuple of the forward's "
         "positional arguments or a dict of its keyword arguments"
     )
+
+
+def knows_inputs(model: nn.Module) -> bool:
+    """True where the model's class is one whose inputs follow from its config."""
+    return any(base.__name__ in _KNOWN for base in type(model).__mro__)
 
 
 def _meta(*shape: int) -> Tensor:
