@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -339,6 +340,29 @@ def test_no_code_of_the_folder_is_run(change: dict[str, Any], words: str, tmp_pa
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
     with pytest.raises(CheckpointError, match=words):
+        dpf.pipeline_from_pretrained(tmp_path)
+
+
+class Opened(Exception):
+    pass
+
+
+class Trap:
+    """Opening the pickle raises."""
+
+    def __reduce__(self) -> Any:
+        return Opened, ()
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_no_pickle_is_opened(component: str, tmp_path: Any) -> None:
+    pipe = made("stable_diffusion")
+    dpf.score_and_prune(pipe, None, criterion="magnitude", ratio=0.3).save_pretrained(tmp_path)
+    (weights,) = (tmp_path / component).glob("*.safetensors")
+    stem = "pytorch_model" if component == "text_encoder" else weights.stem
+    (weights.parent / f"{stem}.bin").write_bytes(pickle.dumps(Trap()))
+    weights.unlink()
+    with pytest.raises(CheckpointError):
         dpf.pipeline_from_pretrained(tmp_path)
 
 
