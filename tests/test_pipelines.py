@@ -24,6 +24,7 @@ from diffprune_fast.image_folder import ImageFolder
 from diffprune_fast.manifest import CheckpointError, read_manifest
 from diffprune_fast.pipelines import encoded
 from diffprune_fast.recovery import finetune
+from diffprune_fast.scoring.conditioning import tensors_in
 from diffprune_fast.scoring.untouched import own_randomness
 
 # Schedulers of diffusers hand tensors to NumPy 2 in a way that it deprecates.
@@ -492,6 +493,21 @@ def test_example_inputs_are_what_a_loss_fn_calls_the_model_with() -> None:
     assert model.one.weight.shape == (8, 6)
     assert result.model is model
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "sdxl", "sd3", "flux", "pixart"])
+def test_encoding_happens_where_the_encoders_are(name: str) -> None:
+    """The denoiser may be on another device: here on one where nothing can be computed."""
+    pipe = made(name)
+    torch.manual_seed(3)
+    expected = next(iter(encoded(pipe, loader(name))))
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    denoiser.to("meta")
+    torch.manual_seed(3)
+    found = next(iter(encoded(pipe, loader(name))))
+    pairs = list(zip(tensors_in(found), tensors_in(expected), strict=True))
+    assert len(pairs) > 1
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 class Scaling(diffusers.DiffusionPipeline):
