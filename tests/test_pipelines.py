@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,12 +24,21 @@ from diffprune_fast.image_folder import ImageFolder
 from diffprune_fast.manifest import CheckpointError, read_manifest
 from diffprune_fast.pipelines import encoded
 from diffprune_fast.recovery import finetune
+from diffprune_fast.scoring.conditioning import tensors_in
 from diffprune_fast.scoring.untouched import own_randomness
 
 # Schedulers of diffusers hand tensors to NumPy 2 in a way that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-QUICK: dict[str, Any] = {"micro_batch": 4, "min_samples": 16, "max_samples": 16, "progress": False, "round_to": 1}
+# "taylor" takes all timesteps: no loss curve is measured first.
+QUICK: dict[str, Any] = {
+    "criterion": "taylor",
+    "micro_batch": 4,
+    "min_samples": 16,
+    "max_samples": 16,
+    "progress": False,
+    "round_to": 1,
+}
 CAPTIONS = ["a red cat", "a small green house", "", "tree"]
 UNCONDITIONAL = ("ddpm", "ldm")
 
@@ -159,12 +169,16 @@ def test_scores_are_those_of_latents_and_embeddings_made_by_hand() -> None:
     np.testing.assert_array_equal(result.scores.values, expected.values)
 
 
-def test_a_copy_leaves_the_pipeline_alone() -> None:
+def test_a_copy_leaves_the_pipeline_and_the_loader_alone() -> None:
     pipe = made("stable_diffusion")
-    before, random = state(pipe), torch.get_rng_state()
-    result = dpf.score_and_prune(pipe, loader("stable_diffusion"), ratio=0.3, inplace=False, **QUICK)
+    generator = torch.Generator().manual_seed(2)
+    pairs = [*zip(images(), CAPTIONS)]
+    shuffled: Any = torch.utils.data.DataLoader(pairs, batch_size=2, shuffle=True, generator=generator)  # type: ignore[arg-type]
+    before, random, order = state(pipe), torch.get_rng_state(), generator.get_state()
+    result = dpf.score_and_prune(pipe, shuffled, ratio=0.3, inplace=False, **QUICK)
     assert_same(state(pipe), before)
     assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(generator.get_state(), order)
     assert result.pipeline is not pipe
     assert result.pipeline.unet is result.model is not pipe.unet
     assert result.pipeline.vae is pipe.vae
@@ -330,6 +344,29 @@ def test_no_code_of_the_folder_is_run(change: dict[str, Any], words: str, tmp_pa
         dpf.pipeline_from_pretrained(tmp_path)
 
 
+class Opened(Exception):
+    pass
+
+
+class Trap:
+    """Opening the pickle raises."""
+
+    def __reduce__(self) -> Any:
+        return Opened, ()
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_no_pickle_is_opened(component: str, tmp_path: Any) -> None:
+    pipe = made("stable_diffusion")
+    dpf.score_and_prune(pipe, None, criterion="magnitude", ratio=0.3).save_pretrained(tmp_path)
+    (weights,) = (tmp_path / component).glob("*.safetensors")
+    stem = "pytorch_model" if component == "text_encoder" else weights.stem
+    (weights.parent / f"{stem}.bin").write_bytes(pickle.dumps(Trap()))
+    weights.unlink()
+    with pytest.raises(CheckpointError):
+        dpf.pipeline_from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("missing", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
 def test_an_incomplete_pipeline_is_refused(missing: str, tmp_path: Any) -> None:
     pipe = made("ddpm")
@@ -458,6 +495,21 @@ def test_example_inputs_are_what_a_loss_fn_calls_the_model_with() -> None:
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", ["stable_diffusion", "sdxl", "sd3", "flux", "pixart"])
+def test_encoding_happens_where_the_encoders_are(name: str) -> None:
+    """The denoiser may be on another device: here on one where nothing can be computed."""
+    pipe = made(name)
+    torch.manual_seed(3)
+    expected = next(iter(encoded(pipe, loader(name))))
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    denoiser.to("meta")
+    torch.manual_seed(3)
+    found = next(iter(encoded(pipe, loader(name))))
+    pairs = list(zip(tensors_in(found), tensors_in(expected), strict=True))
+    assert len(pairs) > 1
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 class Scaling(diffusers.DiffusionPipeline):
     """A pipeline with its own idea of what the VAE's latents are multiplied with."""
 
@@ -540,6 +592,26 @@ def test_other_pipelines_are_pruned_from_embeddings(name: str) -> None:
     image = pipe(**given, **off, height=size, width=size, num_inference_steps=2, output_type="np").images
     assert image.shape == (4, size, size, 3)
     assert np.isfinite(image).all()
+
+
+def test_a_video_pipeline_takes_videos() -> None:
+    torch.manual_seed(0)
+    config: dict[str, Any] = {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=24, freq_dim=32, ffn_dim=32, num_layers=2
+    )
+    pipe = diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, **config).eval(),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+    videos = torch.stack([images()] * 9, 2)
+    batch = {"images": videos, "prompt_embeds": torch.randn(4, 7, 24)}
+    assert next(iter(encoded(pipe, [batch])))["hidden_states"].shape == (4, 16, 3, 2, 2)
+    result = dpf.score_and_prune(pipe, [batch], ratio=0.3, **QUICK)
+    assert result.after.params == transformer.num_parameters() < 0.85 * result.before.params
 
 
 def test_labels_reach_a_class_conditional_model_whose_pipeline_knows_none() -> None:

@@ -74,7 +74,7 @@ class Encoder:
     """Encodes batches for one denoiser of a pipeline, which is left as it is."""
 
     def __init__(self, pipe: Any, name: str, model: nn.Module) -> None:
-        if any(part in pipe.components for part in ("controlnet", "adapter")):
+        if "controlnet" in pipe.components:
             raise ValueError(
                 f"{type(pipe).__name__} is steered by a network that looks at the noisy images: prune the {name} in "
                 "the text-to-image pipeline of the same parts, or alone with loss_fn"

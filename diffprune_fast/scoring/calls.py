@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import check_batch, part, peeked
-from .conditioning import moved, signature_of
+from .conditioning import map_tensors, moved, signature_of
 from .objectives import LossFunction, dtype_of, images_of, latents_of, make_objective
 from .untouched import own_randomness, stand_ins
 
@@ -70,7 +70,7 @@ def first_call(
         inputs = recorded_call(model, lambda: objective.loss(model, one, objective.n_timesteps // 2, noise))
     inputs = {k: v for k, v in moved(inputs, torch.device("cpu")).items() if v is not None}
     name = signature_of(model).sample
-    return {**inputs, name: torch.empty_like(inputs[name], device="meta")}, loader
+    return {**inputs, name: map_tensors(inputs[name], lambda x: torch.empty_like(x, device="meta"))}, loader
 
 
 def _encode_and_decode(model: nn.Module, images: Tensor) -> list[Any]:
