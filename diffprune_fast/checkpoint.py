@@ -55,10 +55,6 @@ class SavedAsPruned:
         self.model, self.record = model, record
 
     @classmethod
-    def of(cls, result: PruneResult) -> SavedAsPruned:
-        return cls(result.model, _record(result))
-
-    @classmethod
     def from_manifest(cls, model: nn.Module, manifest: Mapping[str, Any]) -> SavedAsPruned:
         """For a module that was loaded: it is saved again with the record it came with."""
         record = {k: v for k, v in manifest.items() if k not in _OF_THE_FILES}
@@ -71,6 +67,13 @@ class SavedAsPruned:
             raise ValueError(f"a pruned {type(self.model).__name__} is saved as one safetensors file, without {wanted}")
         if is_main_process:
             _write(self.model, self.record, Path(save_directory))
+
+
+def saved_as_pruned(result: PruneResult) -> PruneResult:
+    """From now on a diffusers model is saved as a pruned one also by its own ``save_pretrained``."""
+    if hasattr(result.model, "save_config"):
+        result.model.save_pretrained = SavedAsPruned(result.model, _record(result))  # type: ignore[assignment]
+    return result
 
 
 # What a manifest says about the files beside it, not about how the model was pruned.
@@ -165,6 +168,8 @@ def from_pretrained(
         shaped.to(torch_dtype)
     if device is not None:
         shaped.to(device)
+    if hasattr(shaped, "save_config"):
+        shaped.save_pretrained = SavedAsPruned.from_manifest(shaped, manifest)  # type: ignore[assignment]
     return shaped.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 
@@ -371,3 +372,23 @@ def test_runs_hold_any_keep_set(units):
 def test_runs_that_do_not_rise_are_refused(runs):
     with pytest.raises(ValueError, match="runs"):
         unpack_runs(runs)
+
+
+def test_diffusers_own_save_pretrained_writes_the_pruned_model(tmp_path):
+    torch.manual_seed(0)
+    result = prune_by(UNet2DModel(**SMALL).eval(), ratio=0.4)
+    model, x = result.model, torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        want = model(x, 3).sample
+        for i, trained in enumerate([model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]):
+            trained.save_pretrained(tmp_path / str(i))
+            loaded = from_pretrained(tmp_path / str(i))
+            assert torch.equal(loaded(x, 3).sample, want)
+        loaded.save_pretrained(tmp_path / "again")
+        assert torch.equal(from_pretrained(tmp_path / "again")(x, 3).sample, want)
+    copied = copy.deepcopy(model)
+    copied.conv_in.weight.data.zero_()
+    copied.save_pretrained(tmp_path / "zeros")  # its own weights, not those of the model it was copied from
+    assert not from_pretrained(tmp_path / "zeros").conv_in.weight.any()
+    with pytest.raises(ValueError, match="one safetensors file, without"):
+        model.save_pretrained(tmp_path / "parts", max_shard_size="1MB")

@@ -61,7 +61,9 @@ def drop_blocks(
         after = complexity_of(model, calls_of(model, example_inputs))
     if optimizer is not None:
         forget(optimizer, old, model)
-    return PruneResult(model, plan, {}, before, after, dropped=tuple(b.name for b in chosen))
+    from ..checkpoint import saved_as_pruned  # it loads what is dropped here
+
+    return saved_as_pruned(PruneResult(model, plan, {}, before, after, dropped=tuple(b.name for b in chosen)))
 
 
 def named(blocks: Sequence[Block], patterns: Iterable[str]) -> list[Block]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint import SavedAsPruned
+from ..checkpoint import saved_as_pruned
 from ..result import PruneResult
 from ..scoring.batches import in_channels
 from ..scoring.conditioning import config_of
@@ -72,13 +72,9 @@ def takes_captions(pipe: Any) -> bool:
 
 
 def put_back(pipe: Any, name: str, result: PruneResult) -> PruneResult:
-    """Name the pipeline in the result: the given one where it was pruned in place, else a shallow copy of it.
-
-    From now on the component is saved as a pruned model also by the pipeline's own ``save_pretrained``.
-    """
+    """Name the pipeline in the result: the given one where it was pruned in place, else a shallow copy of it."""
     if modules_of(pipe)[name] is not result.model:
         pipe = copy.copy(pipe)
         setattr(pipe, name, result.model)
-    result.model.save_pretrained = SavedAsPruned.of(result)  # type: ignore[assignment]
     result.pipeline, result.component = pipe, name
-    return result
+    return saved_as_pruned(result)

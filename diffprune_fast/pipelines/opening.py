@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoint import saved_as_pruned
 from ..result import PruneResult
 from .components import find_component, is_pipeline, put_back
 from .encoding import encoded
@@ -26,7 +27,7 @@ def opened(
     if not is_pipeline(model):
         if component is not None:
             raise ValueError(f"component={component!r} is for pipelines; {type(model).__name__} is none")
-        return model, loader, options, lambda result: result
+        return model, loader, options, saved_as_pruned
     name, module = find_component(model, component)
     if loader is not None and options.get("loss_fn") is None:
         loader = encoded(model, loader, name)

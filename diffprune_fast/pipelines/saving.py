@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import SavedAsPruned, from_pretrained
-from ..manifest import MANIFEST, CheckpointError, read_manifest
+from ..checkpoint import from_pretrained
+from ..manifest import MANIFEST, CheckpointError
 from ..result import PruneResult
 from ..scoring.objectives import dtype_of
 from .components import modules_of
@@ -55,8 +55,7 @@ def pipeline_from_pretrained(
     dtype = torch_dtype or torch.float32
     parts = {name: directory / name for name in index if (directory / name / MANIFEST).is_file()}
     pruned: dict[str, Any] = {name: from_pretrained(p, verify=verify) for name, p in parts.items()}
-    for name, model in pruned.items():
-        model.save_pretrained = SavedAsPruned.from_manifest(model, read_manifest(parts[name]))
+    for model in pruned.values():
         if dtype_of(model) != dtype:
             model.to(dtype)
     try:

@@ -78,7 +78,7 @@ def prune(
     slice_model(model, plan, sliced, optimizer, backend)
     done = time.perf_counter()
     counts = plan.counts(sliced.keep)
-    return PruneResult(
+    result = PruneResult(
         model=model,
         plan=plan,
         keep=sliced.keep,
@@ -89,3 +89,6 @@ def prune(
         attributes=sliced.attributes,
         seconds={"verify": checked - started, "slice": done - checked},
     )
+    from ..checkpoint import saved_as_pruned  # it loads what is sliced here
+
+    return saved_as_pruned(result)
