@@ -76,6 +76,10 @@ def prune(
     round_to: Annotated[int, typer.Option(help="Widths become multiples of so many channels.")] = 8,
     rounding: Annotated[Optional[str], typer.Option(help="reference: the published code's counts.")] = None,  # noqa: UP045
     ignore: Annotated[Optional[list[str]], typer.Option(help="Pattern of groups or parameters to keep whole.")] = None,  # noqa: UP045
+    drop_blocks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Residual blocks that go first: how many, or names or patterns with commas between."),
+    ] = None,
     scheduler: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of the scheduler's config. Default: the model's pipeline's, else 1000-step DDPM."),
@@ -107,6 +111,7 @@ def prune(
             round_to=round_to,
             rounding=rounding,
             ignore=ignore or (),
+            drop_blocks=_blocks(drop_blocks),
             scheduler=_scheduler(model_dir, scheduler),
             micro_batch=batch_size,
             min_samples=min(512, max_samples),
@@ -117,6 +122,12 @@ def prune(
         typer.echo(str(result))
         cls = f"diffusers.{type(model).__name__}" if read_manifest(out)["plain_config"] else "diffprune_fast"
         typer.echo(f"saved:  {out} (load it with {cls}.from_pretrained({str(out)!r}))")
+
+
+def _blocks(text: str | None) -> int | list[str] | None:
+    if text is None:
+        return None
+    return int(text) if text.isdigit() else [name.strip() for name in text.split(",")]
 
 
 @contextmanager
