@@ -28,7 +28,7 @@ SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 
 
 help:
 	@echo "make demo     prune a real model, compare it, write demo/report.html (about 6 minutes)"
-	@echo "make examples prune a GAN's generator and a VAE in plain PyTorch (about three minutes)"
+	@echo "make examples prune a GAN's generator and a VAE in plain PyTorch (about two minutes)"
 	@echo "make test     all tests"
 	@echo "make sanitize the C++ kernels, tested under ASan and UBSan"
 	@echo "make lint     ruff, mypy, clang-format: what a change has to pass"
