@@ -277,7 +277,16 @@ def test_a_closed_up_transformer_is_its_class_with_a_shorter_config(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "dropped", [{"nowhere": "x"}, {"conv_in": "input"}, {MID: "nothing"}, {MID: 5}, {"mid_block.resnets": "x"}]
+    "dropped",
+    [
+        {"nowhere": "x"},
+        {"": "sample"},
+        {"conv_in": "input"},
+        {"conv_act": "input"},
+        {MID: "nothing"},
+        {MID: 5},
+        {"mid_block.resnets": "x"},
+    ],
 )
 def test_a_checkpoint_that_drops_what_it_cannot_is_refused(tmp_path: Path, dropped: dict[str, Any]) -> None:
     dpf.drop_blocks(shallow_unet(), MID).save_pretrained(tmp_path)
