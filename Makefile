@@ -8,8 +8,9 @@ VENV ?= .venv
 #   make test TORCH="torch>=2.6"                                                 whatever the index has newest
 TORCH ?= torch==2.13.0
 
-# Further arguments: make demo DEMO_ARGS=--quick; make test TEST_ARGS="tests/test_report.py -k table"
+# Further arguments: make demo DEMO_ARGS=--quick; make examples EXAMPLE_ARGS=--quick; make test TEST_ARGS="tests/test_report.py -k table"
 DEMO_ARGS ?=
+EXAMPLE_ARGS ?=
 TEST_ARGS ?=
 
 # Threads that wait must sleep: where others use the cores too, spinning makes a training step ten times slower
@@ -23,10 +24,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: help demo test sanitize lint format bench clean
+.PHONY: help demo examples test sanitize lint format bench clean
 
 help:
 	@echo "make demo     prune a real model, compare it, write demo/report.html (about 6 minutes)"
+	@echo "make examples prune a GAN's generator and a VAE in plain PyTorch (about two minutes)"
 	@echo "make test     all tests"
 	@echo "make sanitize the C++ kernels, tested under ASan and UBSan"
 	@echo "make lint     ruff, mypy, clang-format: what a change has to pass"
@@ -51,6 +53,10 @@ $(VENV)/.dev: $(BUILD_FILES) $(VENV)/.torch
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits/demo.py --out demo $(DEMO_ARGS)
+
+examples: $(VENV)/.demo
+	$(BIN)/python examples/gan/gan.py --out demo/gan $(EXAMPLE_ARGS)
+	$(BIN)/python examples/vae/vae.py --out demo/vae $(EXAMPLE_ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(TEST_ARGS)

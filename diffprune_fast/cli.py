@@ -84,6 +84,10 @@ def prune(
     round_to: Annotated[int, typer.Option(help="Widths become multiples of so many channels.")] = 8,
     rounding: Annotated[Optional[str], typer.Option(help="reference: the published code's counts.")] = None,  # noqa: UP045
     ignore: Annotated[Optional[list[str]], typer.Option(help="Pattern of groups or parameters to keep whole.")] = None,  # noqa: UP045
+    drop_blocks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Residual blocks that go first: how many, or names or patterns with commas between."),
+    ] = None,
     scheduler: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of the scheduler's config. Default: the model's pipeline's, else 1000-step DDPM."),
@@ -116,6 +120,7 @@ def prune(
             round_to=round_to,
             rounding=rounding,
             ignore=ignore or (),
+            drop_blocks=_blocks(drop_blocks),
             **_scheduler(model_dir, scheduler),
             micro_batch=batch_size,
             min_samples=min(512, max_samples),
@@ -135,6 +140,12 @@ def _way_to_load(result: PruneResult, out: Path) -> str:
     if result.pipeline is not None:
         return "diffusers.DiffusionPipeline.from_pretrained" if plain else "diffprune_fast.pipeline_from_pretrained"
     return f"{f'diffusers.{type(result.model).__name__}' if plain else 'diffprune_fast'}.from_pretrained"
+
+
+def _blocks(text: str | None) -> int | list[str] | None:
+    if text is None:
+        return None
+    return int(text) if text.isdigit() else [name.strip() for name in text.split(",")]
 
 
 @contextmanager

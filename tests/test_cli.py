@@ -101,6 +101,17 @@ def test_prune_saves_what_it_prints(model_dir, images, tmp_path):
     assert from_pretrained(out).num_parameters() == manifest["after"]["params"]
 
 
+def test_blocks_go_first_where_they_are_named(model_dir, images, tmp_path):
+    common = ("--images", images, "--macs", 0.6, "--batch-size", 2, "--max-samples", 32, "--out", tmp_path / "out")
+    result = run("prune", model_dir, *common, "--drop-blocks", "mid_block.resnets.1, mid_block.attentions.*")
+    assert result.exit_code == 0, result.output
+    assert "blocks dropped: mid_block.attentions.0, mid_block.resnets.1" in result.stdout
+    assert set(read_manifest(tmp_path / "out")["dropped"]) == {"mid_block.attentions.0", "mid_block.resnets.1"}
+    result = run("prune", model_dir, *common, "--drop-blocks", 1)
+    assert result.exit_code == 0, result.output
+    assert len(read_manifest(tmp_path / "out")["dropped"]) == 1
+
+
 def test_the_same_seed_prunes_the_same_and_the_scheduler_matters(model_dir, images, tmp_path):
     def keep(name, *more):
         common = ("--images", images, "--batch-size", 2, "--max-samples", 32, "--out", tmp_path / name)

@@ -49,10 +49,9 @@ def with_zero_branch(model: nn.Module, name: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("case", "name", "kept_its_place"),
     [
-        ("UNet2DModel-heads", MID, True),
         ("UNet2DModel-heads", "down_blocks.1.attentions.0", True),
         ("UNet2DModel-heads", "mid_block", True),
-        ("UNet2DConditionModel-linear_projection", "up_blocks.1.attentions.0.transformer_blocks.1", True),
+        ("UNet2DConditionModel", "up_blocks.1.attentions.0", True),
         ("AutoencoderKL", "decoder.up_blocks.0.resnets.1", True),
         ("Transformer", "blocks.1", True),
         ("HunyuanDiT2DModel", "blocks.0", True),
@@ -97,6 +96,15 @@ def test_blocks_know_their_parameters_and_macs() -> None:
     without = dpf.drop_blocks(model, MID, inplace=False)
     assert block.params == without.before.params - without.after.params
     assert block.macs == without.before.macs - without.after.macs > 0
+
+
+def test_products_with_zeros_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["FluxTransformer2DModel"]
+    model = made(case)
+    short = find_blocks(model, case.example_inputs)
+    monkeypatch.setattr("diffprune_fast.depth.alone._ZeroProducts._vanishes", staticmethod(lambda *_: False))
+    assert find_blocks(model, case.example_inputs) == short
+    assert len(short) == 4
 
 
 class Recorded:
@@ -269,7 +277,16 @@ def test_a_closed_up_transformer_is_its_class_with_a_shorter_config(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "dropped", [{"nowhere": "x"}, {"conv_in": "input"}, {MID: "nothing"}, {MID: 5}, {"mid_block.resnets": "x"}]
+    "dropped",
+    [
+        {"nowhere": "x"},
+        {"": "sample"},
+        {"conv_in": "input"},
+        {"conv_act": "input"},
+        {MID: "nothing"},
+        {MID: 5},
+        {"mid_block.resnets": "x"},
+    ],
 )
 def test_a_checkpoint_that_drops_what_it_cannot_is_refused(tmp_path: Path, dropped: dict[str, Any]) -> None:
     dpf.drop_blocks(shallow_unet(), MID).save_pretrained(tmp_path)

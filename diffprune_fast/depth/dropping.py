@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..plain_config import build_on_meta, own_config, shapes_of
-from ..result import PruneResult
+from ..result import Complexity, PruneResult
 from ..tracing import TraceError, trace
 from ..tracing.inputs import calls_of
 from .blocks import Block, complexity_of, find_blocks, put_passthroughs, walked
@@ -58,9 +58,9 @@ def drop_blocks(
     old = list(model.parameters())
     with without(model, chosen, example_inputs):
         plan = trace(model, example_inputs)
-        after = complexity_of(model, calls_of(model, example_inputs))
     if optimizer is not None:
         forget(optimizer, old, model)
+    after = Complexity(plan.params(), plan.macs())
     from ..checkpoint import saved_as_pruned  # it loads what is dropped here
 
     return saved_as_pruned(PruneResult(model, plan, {}, before, after, dropped=tuple(b.name for b in chosen)))

@@ -66,4 +66,7 @@ def drop_again(model: nn.Module, dropped: Mapping[str, Returns]) -> None:
     """
     for name, returns in dropped.items():
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._modules[leaf] = Passthrough.of(model.get_submodule(name), returns)
+        block = model.get_submodule(name)
+        if not name or next(block.parameters(), None) is None:
+            raise ValueError(f"{name!r} is no block with weights")
+        model.get_submodule(path)._modules[leaf] = Passthrough.of(block, returns)

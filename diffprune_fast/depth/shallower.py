@@ -81,8 +81,9 @@ def _chosen(
     if loader is not None and iter(loader) is loader:
         raise ValueError("blocks and channels are scored one after the other: give a loader that starts anew, or names")
     taken = inspect.signature(score_blocks).parameters
-    options = {n: v for n, v in options.items() if n in taken and v is not None}
-    scores = score_blocks(model, loader, example_inputs=example_inputs, **options)
+    given = {n: v for n, v in options.items() if n in taken and v is not None}
+    samples = min(taken["samples"].default, options.get("max_samples") or taken["samples"].default)
+    scores = score_blocks(model, loader, example_inputs=example_inputs, samples=samples, **given)
     return scores.cheapest(asked), scores
 
 
