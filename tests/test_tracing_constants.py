@@ -89,3 +89,25 @@ def test_constants_alike_in_all_channels_leave_them_free(name: str) -> None:
 @pytest.mark.parametrize("name", NOT_ALIKE)
 def test_constants_that_tell_channels_apart_keep_them(name: str) -> None:
     assert dpf.trace(Between(NOT_ALIKE[name]), (X[:1].float(),)).groups == ()
+
+
+def each_alone(h: Tensor) -> Tensor:
+    """Every channel as an image of its own through one kernel, as resamplers do it."""
+    alone = F.conv2d(h.reshape(-1, 1, *h.shape[2:]), box(h)[:1, None], padding=1)
+    return alone.reshape(h.shape)
+
+
+def test_channels_in_the_batch_of_a_convolution_are_free() -> None:
+    model = Between(each_alone)
+    result = assert_exact(model, lambda m: m(X), example_inputs=(X[:1],))
+    assert model.a.out_channels < 12
+    kernel = 12 * 64 * 9
+    assert result.before.macs == 64 * 9 * (3 * 12 + 12 * 3) + kernel
+    assert result.after.macs * 12 == result.before.macs * model.a.out_channels
+
+
+def test_rows_beside_the_channels_may_be_padded() -> None:
+    model = nn.Sequential(nn.Linear(5, 12), nn.ConstantPad1d((0, 0, 1, 2), 0.0), nn.SiLU(), nn.Linear(12, 3))
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert_exact(model, lambda m: m(x), example_inputs=(x,))
+    assert model[0].out_features < 12

@@ -133,6 +133,10 @@ SCALED: dict[str, tuple[Callable[[Attention, Tensor, Tensor], Tensor], list[str]
         lambda m, q, text: torch.cat([q, text], dim=2),
         ["q.bias", "q.weight", "q_text.bias", "q_text.weight"],
     ),
+    "of which only the type is read": (
+        lambda m, q, text: q.type_as(torch.zeros_like(text)).type_as(q.new_zeros(3)).type_as(q),
+        ["q.bias", "q.weight"],
+    ),
     "a sum": (lambda m, q, text: q - text, ["q.bias", "q.weight", "q_text.bias", "q_text.weight"]),
     "normed": (lambda m, q, text: m.norm(q), ["norm.bias", "norm.weight"]),
     "normed side by side": (

@@ -194,9 +194,7 @@ def spatial(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if name in ("pad", "constant_pad_nd"):
         touched = [x.dim() - 1 - i for i in range(len(args[1]) // 2) if any(args[1][2 * i : 2 * i + 2])]
     else:
-        touched = list(range(2 if x.dim() > 3 or "1d" in name else 1, x.dim()))
-    if x.dim() == 2:
-        touched = [1]
+        touched = [1] if x.dim() == 2 else list(range(2 if x.dim() > 3 or "1d" in name else 1, x.dim()))
     for o in out if isinstance(out, (tuple, list)) else (out,):
         kept = tuple([y for y in labels.layers if not any(y.shape[d] > 1 for d in touched)])
         for y in labels.layers:

@@ -100,6 +100,10 @@ def fix(walk: Walk, place: str, n: int, layer: Layer, q: Labels | None) -> None:
 
 def note_leaks(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: Any, out: Any) -> None:
     """Remember the operands whose feeds don't go on into the output."""
+    if name.endswith("_like") or name.startswith("new_"):
+        return
+    if name.endswith("_as"):  # the second operand tells a dtype or shape
+        tensors = tensors[:1]
     if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
         tensors = tensors[1:]  # the queries, whose factor is the point
     feeding = [x for x in map(walk.labels, tensors) if x is not None and x.feeds is not None]
