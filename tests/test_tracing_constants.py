@@ -111,3 +111,17 @@ def test_rows_beside_the_channels_may_be_padded() -> None:
     x = torch.randn(4, 5, dtype=torch.float64)
     assert_exact(model, lambda m: m(x), example_inputs=(x,))
     assert model[0].out_features < 12
+
+
+def test_sequences_of_different_lengths_meet_in_their_channels() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(nn.utils.rnn.pad_sequence([self.a(x), self.b(x[:2])], batch_first=True))
+
+    x = torch.randn(4, 5, dtype=torch.float64)
+    result = assert_exact(Padded(), lambda m: m(x), example_inputs=(x,))
+    assert {m.place for m in result.plan["a"].members} >= {"a.weight:0", "b.weight:0", "out.weight:1"}

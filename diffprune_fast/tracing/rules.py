@@ -119,14 +119,12 @@ def elementwise(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     else:
         out = walk.run(func, args, kwargs)
     ndim = out.dim()
-    layers: Layers = ()
-    shape = (1,) * ndim
+    operands = []
     for t in tensors:
         labels = walk.labels(t)
         mine = aligned(labels.layers, ndim) if labels is not None else ()
-        other = padded(spread(walk, t), ndim)
-        layers = walk.graph.meet(layers, shape, mine, other, walk.place(func)) if (layers or mine) else ()
-        shape = tuple([max(a, b) for a, b in zip(shape, other)])
+        operands.append((mine, padded(spread(walk, t), ndim)))
+    layers = walk.graph.meet_all(operands, ndim, walk.place(func))
     found = Labels(layers, of_elementwise(walk, name, args), raised(walk, name, args))
     walk.label(args[0] if inplace else out, found)
     return args[0] if inplace else out
