@@ -54,6 +54,19 @@ def write(t: Tensor, part: Tensor) -> Tensor:
     return t
 
 
+def ramp(h: Tensor) -> Tensor:
+    return torch.linspace(0, 1, h.shape[1], dtype=h.dtype, device=h.device)[None, :, None, None]
+
+
+def shifted(h: Tensor) -> Tensor:
+    """The diagonal's ids after one of them was changed."""
+    weight = h.new_zeros(h.shape[1], h.shape[1], 1, 1)
+    ids = torch.arange(h.shape[1], device=h.device)
+    ids[:1] = 1
+    weight[ids, ids] = 1
+    return weight
+
+
 def elsewhere(h: Tensor) -> Tensor:
     """Ones in the first column, not on the diagonal."""
     weight = h.new_zeros(h.shape[1], h.shape[1], 1, 1)
@@ -65,8 +78,12 @@ def elsewhere(h: Tensor) -> Tensor:
 NOT_ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros that were written": lambda h: h + write(z := h.new_zeros(1, h.shape[1], 1, 1), z),
     "zeros whose view was written": lambda h: h + write(z := h.new_zeros(1, h.shape[1], 1, 1), z[0, :, 0]),
+    "zeros of which a part was written": lambda h: h + write(z := h.new_zeros(2, h.shape[1], 1, 1), z.chunk(2)[0])[:1],
+    "zeros that were added to": lambda h: h + h.new_zeros(1, h.shape[1], 1, 1).add_(ramp(h)),
+    "zeros that took a result": lambda h: h + torch.mul(ramp(h), 2, out=h.new_zeros(1, h.shape[1], 1, 1)),
     "a view of what was written": lambda h: h + write((z := h.new_zeros(1, h.shape[1], 1, 1))[0], z),
     "a kernel that is not on the diagonal": lambda h: F.conv2d(h, elsewhere(h)),
+    "a kernel at other ids": lambda h: F.conv2d(h, shifted(h)),
     "another kernel for each": lambda h: F.conv2d(h, diagonal(h, torch.rand(h.shape[1], 3, 3, device=h.device))),
     "a kernel that was overwritten": lambda h: F.conv2d(h, write(w := diagonal(h, box(h)), w[0])),
     "ones as a kernel": lambda h: F.conv2d(h, h.new_ones(h.shape[1], h.shape[1], 1, 1)),

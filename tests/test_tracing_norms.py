@@ -187,6 +187,18 @@ def test_head_dims_stay_where_the_queries_are_used_elsewhere() -> None:
     assert "softmax scale" in plan.frozen["q.weight:0"]
 
 
+def test_head_dims_stay_where_the_query_norms_weight_is_used_elsewhere() -> None:
+    class Shared(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            q, k, v = (p(h).unflatten(-1, (4, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+            v = v * F.silu(self.norm.weight)
+            return self.out(F.scaled_dot_product_attention(self.norm(q), k, v).transpose(1, 2).flatten(2))
+
+    plan = assert_exact(lambda: Shared(F.silu))
+    assert "softmax scale" in plan.frozen["q.weight:0"]
+
+
 def test_keys_of_grouped_queries_go_with_all_their_heads() -> None:
     class Grouped(nn.Module):
         def __init__(self) -> None:
