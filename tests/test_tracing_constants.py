@@ -142,3 +142,21 @@ def test_sequences_of_different_lengths_meet_in_their_channels() -> None:
     x = torch.randn(4, 5, dtype=torch.float64)
     result = assert_exact(Padded(), lambda m: m(x), example_inputs=(x,))
     assert {m.place for m in result.plan["a"].members} >= {"a.weight:0", "b.weight:0", "out.weight:1"}
+
+
+def turned(h: Tensor, dim: int) -> Tensor:
+    """Pairs along a dim are turned by an angle, as complex numbers."""
+    pairs = torch.view_as_complex(h.movedim(dim, -1).unflatten(-1, (-1, 2)).contiguous())
+    angle = torch.full((1,), 0.5, dtype=h.dtype, device=h.device)
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2).movedim(-1, dim)
+
+
+def test_complex_numbers_beside_the_channels_leave_them_free() -> None:
+    model = Between(lambda h: turned(h, 3))
+    assert_exact(model, lambda m: m(X), example_inputs=(X[:1],))
+    assert model.a.out_channels < 12
+
+
+def test_channels_that_are_halves_of_complex_numbers_stay() -> None:
+    plan = dpf.trace(Between(lambda h: turned(h, 1)), (X[:1],))
+    assert "half of a complex number" in plan.frozen["a.weight:0"]

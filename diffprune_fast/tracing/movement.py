@@ -240,3 +240,17 @@ def pixel_unshuffle(
     x, r = args
     walk.label(out, Labels(tuple([np.repeat(y, r * r, axis=x.dim() - 3) for y in labels.layers])))
     return out
+
+
+@rule_of_first("view_as_complex", "view_as_real")
+def complex_pairs(
+    walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels
+) -> Any:
+    """The last dim of a real tensor is a complex number's two parts: no channels, or they stay."""
+    if func.overloadpacket.__name__ == "view_as_complex":
+        walk.graph_freeze(args[0], [args[0].dim() - 1], f"is half of a complex number in {walk.place(func)}")
+        kept = tuple([x[..., 0] for x in labels.layers if x.shape[-1] == 1])
+    else:
+        kept = tuple([x[..., None] for x in labels.layers])
+    walk.label(out, Labels(kept, labels.feeds))
+    return out
