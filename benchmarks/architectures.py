@@ -166,10 +166,10 @@ def document(rows: list[Row], ratio: float) -> str:
         '`norm_groups="exact"` and `"count"`, and the outputs compared in float64 with those of the masked dense model '
         f"(removed channels zeroed, norms over the kept channels): they agree to {EXACT:.0e} of their scale; and so "
         'they do when whole heads go (`units="heads"`). The table is of `units="auto"`. '
-        "*Prunable*: the share of the parameters that at least one group makes smaller. *Dims*: the same by channel "
-        "dimensions (a weight of whose two only one can be pruned counts half). *Left*: the share of parameters that "
-        'is left at that ratio (`"count"`). Seconds and memory for models of full size (SDXL, SD3, Flux): '
-        "[full_size_traces](../benchmarks/results/full_size_traces.md).",
+        "*Prunable*: the share of the parameters that at least one group makes smaller, of those that constraints let "
+        "go. *Dims*: the same by channel dimensions (a weight of whose two only one can be pruned counts half). "
+        '*Left*: the share of parameters that is left at that ratio (`"count"`). Seconds and memory for models of full '
+        "size (SDXL, SD3, Flux): [full_size_traces](../benchmarks/results/full_size_traces.md).",
         "",
         "| Architecture | Groups | Prunable | Dims | Left | Seconds to trace | What stays, and why |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",

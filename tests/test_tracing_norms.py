@@ -133,6 +133,10 @@ SCALED: dict[str, tuple[Callable[[Attention, Tensor, Tensor], Tensor], list[str]
         lambda m, q, text: torch.cat([q, text], dim=2),
         ["q.bias", "q.weight", "q_text.bias", "q_text.weight"],
     ),
+    "of which only the type is read": (
+        lambda m, q, text: q.type_as(torch.zeros_like(text)).type_as(q.new_zeros(3)).type_as(q),
+        ["q.bias", "q.weight"],
+    ),
     "a sum": (lambda m, q, text: q - text, ["q.bias", "q.weight", "q_text.bias", "q_text.weight"]),
     "normed": (lambda m, q, text: m.norm(q), ["norm.bias", "norm.weight"]),
     "normed side by side": (
@@ -180,6 +184,18 @@ def test_head_dims_stay_where_the_queries_are_used_elsewhere() -> None:
             return self.out((F.scaled_dot_product_attention(q, k, v) + q).transpose(1, 2).flatten(2))
 
     plan = assert_exact(lambda: Residual(F.silu))
+    assert "softmax scale" in plan.frozen["q.weight:0"]
+
+
+def test_head_dims_stay_where_the_query_norms_weight_is_used_elsewhere() -> None:
+    class Shared(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            q, k, v = (p(h).unflatten(-1, (4, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+            v = v * F.silu(self.norm.weight)
+            return self.out(F.scaled_dot_product_attention(self.norm(q), k, v).transpose(1, 2).flatten(2))
+
+    plan = assert_exact(lambda: Shared(F.silu))
     assert "softmax scale" in plan.frozen["q.weight:0"]
 
 

@@ -19,7 +19,7 @@ PARAMETER_ATTRIBUTES: dict[str, dict[str, tuple[str, int]]] = {
         "inner_dim": ("to_q.weight", 0),
         "inner_kv_dim": ("to_k.weight", 0),
         "cross_attention_dim": ("to_k.weight", 1),
-        "out_dim": ("to_out.0.weight", 0),
+        "out_dim": ("to_out.0.weight", 1),  # the processors that read it (OmniGen, Cosmos) mean all heads together
     },
     "ResnetBlock2D": {"in_channels": ("conv1.weight", 1), "out_channels": ("conv2.weight", 0)},
     "Upsample2D": {"channels": ("conv.weight", 1), "out_channels": ("conv.weight", 0)},

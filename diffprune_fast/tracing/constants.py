@@ -19,8 +19,7 @@ _MADE = {
     **dict.fromkeys(("ones", "new_ones", "ones_like", "full", "new_full", "full_like"), "uniform"),
     "arange": "ids",
 }
-_VIEWS = """alias detach view reshape _unsafe_view expand unsqueeze squeeze slice select transpose permute t _to_copy
-    contiguous clone repeat"""
+_VIEWS = "alias detach view reshape expand unsqueeze squeeze slice select transpose permute t contiguous to"
 
 
 @dataclass
@@ -39,18 +38,25 @@ def _content(t: Any) -> str:
     return made.content if made is not None else ""
 
 
-def follow(name: str, args: Any, tensors: Sequence[Tensor], mutable: bool) -> Made | None:
+def follow(func: Any, args: Any, tensors: Sequence[Tensor]) -> Made | None:
     """Look at an op's operands before it runs; what its output shares with them, or is made of."""
+    name = func.overloadpacket.__name__
     if name in _MADE:
         return Made(_MADE[name]) if name != "arange" or len(args) == 1 else None
-    if mutable:
-        diagonal = name == "index_put_" and _content(args[0]) == "zero" and _fills_diagonal(*args[:3])
-        for t in tensors:
-            if hasattr(t, "_made"):
-                t._made.content, t._made.diagonal = "written", None
-        if diagonal:
-            args[0]._made.diagonal = id(args[0])
-    return getattr(args[0], "_made", None) if args and name in _VIEWS.split() and _content(args[0]) != "ids" else None
+    known = [t._made for t in tensors if hasattr(t, "_made")]
+    if not known:
+        return None
+    view = any(r.alias_info is not None for r in func._schema.returns)
+    if view and not func._schema.is_mutable and name in _VIEWS.split() and _content(args[0]) in ("zero", "uniform"):
+        return known[0]
+    diagonal = name == "index_put_" and _content(args[0]) == "zero" and _fills_diagonal(*args[:3])
+    if view:  # a write, or an alias that may be written to
+        for made in known:
+            if made.content != "ids" or made is getattr(args[0], "_made", None):
+                made.content, made.diagonal = "written", None
+    if diagonal:
+        args[0]._made.diagonal = id(args[0])
+    return None
 
 
 def _fills_diagonal(x: Tensor, ids: Sequence[Tensor | None], values: Tensor) -> bool:

@@ -94,20 +94,22 @@ def matrix_product(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return out
 
 
-def _channels(walk: Walk, func: Any, x: Tensor, n_spatial: int) -> Layer | None:
-    """The labels along a convolution's input channels, ``(C,)``; labels elsewhere stay."""
-    found = None
+def _channels(walk: Walk, func: Any, x: Tensor, n_spatial: int) -> tuple[Layer | None, Layer | None]:
+    """The labels along a convolution's input channels, ``(C,)``, and its batch, ``(N,)``; labels elsewhere stay."""
+    found = batch = None
     batched = x.dim() == n_spatial + 2
     for layer in _layers(walk, x):
         dims = varying(layer)
         if dims == (1 if batched else 0,):
             found = layer.reshape(-1)
+        elif batched and dims == (0,):
+            batch = layer.reshape(-1)
         elif batched and 1 in dims and all(layer.shape[d] == 1 for d in range(2, layer.ndim)):
             found = layer.reshape(layer.shape[0], -1)[0]
             walk.graph.tie(layer, (0,), walk.place(func))
         else:
-            walk.graph.freeze(layer, f"is a spatial or batch position of {walk.place(func)}")
-    return found
+            walk.graph.freeze(layer, f"is a spatial position of {walk.place(func)}")
+    return found, batch
 
 
 def _weight_dims(walk: Walk, w: Tensor) -> tuple[Layer | None, Layer | None]:
@@ -180,19 +182,21 @@ def convolution(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     transposed = named.get("transposed", False) or "transpose" in name
     out = _conv_shell(walk, func, args, kwargs, named, transposed)
     n_spatial = w.dim() - 2
-    cin, cout, depthwise = _grouped(walk, func, _channels(walk, func, x, n_spatial), w, groups, transposed)
+    channels, batch = _channels(walk, func, x, n_spatial)
+    cin, cout, depthwise = _grouped(walk, func, channels, w, groups, transposed)
     axis = out.dim() - n_spatial - 1
     layers: Layers = ()
+    if batch is not None:  # resamplers put channels there, one by one through a kernel
+        layers = (batch.reshape(-1, *(1,) * (out.dim() - 1)),)
     if cout is not None and cout.size > 1:
         view = [1] * out.dim()
         view[axis] = -1
-        layers = (cout.reshape(view),)
+        layers = (*layers, cout.reshape(view))
     layers = add_bias(walk, func, layers, out.shape, bias, axis)
     pixels = int(np.prod(x.shape[-n_spatial:] if transposed else out.shape[-n_spatial:], dtype=np.int64))
-    batch = out.shape[0] if axis else 1
-    macs = batch * pixels * w.numel()
+    macs = (out.shape[0] if axis else 1) * pixels * w.numel()
     rows, cols = (cin, cout) if is_diagonal(w) else _weight_dims(walk, w)
-    walk.cost(func, macs, tuple([y for y in (rows, cols) if y is not None]))
+    walk.cost(func, macs, tuple([y for y in (rows, cols, batch) if y is not None]))
     if cin is not None:
         walk.attribute(w, "in_channels", cin)
         if depthwise:

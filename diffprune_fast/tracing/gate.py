@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .grouping import free_rows
 from .labels import Graph
 from .plan import Plan
 from .walk import Calls, Nodes, Walk, where_in
@@ -110,13 +111,13 @@ class Gate(Graph):
 
     def constrain(self, kind: str, place: str, rows: np.ndarray) -> None:
         super().constrain(kind, place, rows)
-        units = self.unit_of[rows]
+        units = free_rows(kind, self.unit_of[rows])
         if (units < 0).all() or ("norm" not in kind and (units == units[:, :1]).all()):
             return
         if kind == "instance_norm":  # or a norm that keeps one channel in each group
             if self._key(kind, units) in self.allowed or self._key("norm", units) in self.allowed:
                 return
-        elif rows.shape[0] == 1 or self._key(kind, units) in self.allowed:
+        elif units.shape[0] == 1 or self._key(kind, units) in self.allowed:
             return
         what = "norm groups" if "norm" in kind else "rows"
         message = f"after slicing, the {what} of {place} would hold other channels than before"

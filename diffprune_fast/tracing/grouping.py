@@ -134,8 +134,8 @@ def _constraints(graph: Graph, unit_of: np.ndarray, offsets: np.ndarray) -> tupl
     seen: set[tuple[str, bytes, tuple[int, ...]]] = set()
     out = []
     for c in graph.constraints:
-        rows = unit_of[c.rows]
-        if (rows < 0).all():
+        rows = free_rows(c.kind, unit_of[c.rows])
+        if (rows < 0).all() or (rows.shape[0] == 1 and c.kind == "heads"):
             continue
         if c.kind not in ("norm", "instance_norm") and (rows == rows[:, :1]).all() and (rows >= 0).all():
             continue
@@ -145,6 +145,14 @@ def _constraints(graph: Graph, unit_of: np.ndarray, offsets: np.ndarray) -> tupl
         seen.add(key)
         out.append(Constraint(c.kind, c.place, rows))
     return tuple(out)
+
+
+def free_rows(kind: str, rows: np.ndarray) -> np.ndarray:
+    """Head dims of queries and keys that all stay don't hold the values', nor these them.
+
+    Where a forward views the one with the other's head size after all, the probe finds it.
+    """
+    return rows[(rows >= 0).any(axis=1)] if kind == "heads" else rows
 
 
 def _scale_fixes(walk: Walk, unit_of: np.ndarray) -> tuple[ScaleFix, ...]:

@@ -7,7 +7,7 @@ has one per dim). Layers of size 1 don't exist: a dim of size 1 has nothing to r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -122,6 +122,15 @@ class Graph:
             ):
                 kept.append(layer)
         return tuple(kept)
+
+    def meet_all(self, operands: Iterable[tuple[Layers, Shape]], ndim: int, place: str) -> Layers:
+        """:meth:`meet` for any number of tensors' layers and shapes, all of rank ``ndim``."""
+        layers: Layers = ()
+        shape: Shape = (1,) * ndim
+        for mine, other in operands:
+            layers = self.meet(layers, shape, mine, other, place) if layers or mine else ()
+            shape = tuple([max(a, b) for a, b in zip(shape, other)])
+        return layers
 
     def _settle(
         self, layer: Layer, others: Layers, shape: Shape, place: str, summed: Sequence[int], first: bool

@@ -183,20 +183,18 @@ def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     tensors = [t for t in args[0] if t.dim() > 1 or t.numel()]
     out = walk.run(func, args, kwargs)
     dim = (kwargs.get("dim", args[1] if len(args) > 1 else 0)) % out.dim()
-    labels = [walk.labels(t) for t in tensors]
-    layers: Layers = ()
-    shape: tuple[int, ...] = (1,) * out.dim()
     along: dict[tuple[int, ...], list[np.ndarray | None]] = {}
-    for i, lab in enumerate(labels):
-        mine = lab.layers if lab is not None else ()
+    across: list[tuple[Layers, Sequence[int]]] = []
+    for i, t in enumerate(tensors):
+        labels = walk.labels(t)
+        mine = labels.layers if labels is not None else ()
         for x in mine:
             if x.shape[dim] > 1:
                 others = tuple(n if d != dim else -1 for d, n in enumerate(x.shape))
                 along.setdefault(others, [None] * len(tensors))[i] = x
-        rest = tuple([x for x in mine if x.shape[dim] == 1])
-        other = tuple([1 if d == dim else n for d, n in enumerate(spread(walk, tensors[i]))])
-        layers = walk.graph.meet(layers, shape, rest, other, walk.place(func)) if layers or rest else ()
-        shape = tuple([max(a, b) for a, b in zip(shape, other)])
+        shape = tuple([1 if d == dim else n for d, n in enumerate(spread(walk, t))])
+        across.append((tuple([x for x in mine if x.shape[dim] == 1]), shape))
+    layers = walk.graph.meet_all(across, out.dim(), walk.place(func))
     joined = []
     for others, parts in along.items():
         full = [
@@ -208,6 +206,20 @@ def cat(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if len(varying(layer)) > 1:
             walk.graph.constrain("view", walk.place(func), np.moveaxis(layer, dim, -1).reshape(-1, layer.shape[dim]))
     walk.label(out, Labels((*layers, *joined), together(walk, tensors)))
+    return out
+
+
+@rule("pad_sequence")
+def pad_sequence(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Sequences side by side, filled up with one number; along every other dim they meet."""
+    out = walk.run(func, args, kwargs)
+    across: list[tuple[Layers, Sequence[int]]] = []
+    for t in args[0]:
+        walk.graph_freeze(t, [0], f"is filled up in {walk.place(func)}")
+        labels = walk.labels(t)
+        mine = labels.layers if labels is not None else ()
+        across.append((tuple([x[None] for x in mine if x.shape[0] == 1]), (1, 1, *spread(walk, t)[1:])))
+    walk.label(out, Labels(walk.graph.meet_all(across, out.dim(), walk.place(func))))
     return out
 
 
@@ -258,4 +270,18 @@ def pixel_unshuffle(
 ) -> Any:
     x, r = args
     walk.label(out, Labels(tuple([np.repeat(y, r * r, axis=x.dim() - 3) for y in labels.layers])))
+    return out
+
+
+@rule_of_first("view_as_complex", "view_as_real")
+def complex_pairs(
+    walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels
+) -> Any:
+    """The last dim of a real tensor is a complex number's two parts: no channels, or they stay."""
+    if func.overloadpacket.__name__ == "view_as_complex":
+        walk.graph_freeze(args[0], [args[0].dim() - 1], f"is half of a complex number in {walk.place(func)}")
+        kept = tuple([x[..., 0] for x in labels.layers if x.shape[-1] == 1])
+    else:
+        kept = tuple([x[..., None] for x in labels.layers])
+    walk.label(out, Labels(kept, labels.feeds))
     return out

@@ -119,14 +119,12 @@ def elementwise(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     else:
         out = walk.run(func, args, kwargs)
     ndim = out.dim()
-    layers: Layers = ()
-    shape = (1,) * ndim
+    operands = []
     for t in tensors:
         labels = walk.labels(t)
         mine = aligned(labels.layers, ndim) if labels is not None else ()
-        other = padded(spread(walk, t), ndim)
-        layers = walk.graph.meet(layers, shape, mine, other, walk.place(func)) if (layers or mine) else ()
-        shape = tuple([max(a, b) for a, b in zip(shape, other)])
+        operands.append((mine, padded(spread(walk, t), ndim)))
+    layers = walk.graph.meet_all(operands, ndim, walk.place(func))
     found = Labels(layers, of_elementwise(walk, name, args), raised(walk, name, args))
     walk.label(args[0] if inplace else out, found)
     return args[0] if inplace else out
@@ -194,9 +192,7 @@ def spatial(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if name in ("pad", "constant_pad_nd"):
         touched = [x.dim() - 1 - i for i in range(len(args[1]) // 2) if any(args[1][2 * i : 2 * i + 2])]
     else:
-        touched = list(range(2 if x.dim() > 3 or "1d" in name else 1, x.dim()))
-    if x.dim() == 2:
-        touched = [1]
+        touched = [1] if x.dim() == 2 else list(range(2 if x.dim() > 3 or "1d" in name else 1, x.dim()))
     for o in out if isinstance(out, (tuple, list)) else (out,):
         kept = tuple([y for y in labels.layers if not any(y.shape[d] > 1 for d in touched)])
         for y in labels.layers:

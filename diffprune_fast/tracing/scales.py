@@ -100,13 +100,23 @@ def fix(walk: Walk, place: str, n: int, layer: Layer, q: Labels | None) -> None:
 
 def note_leaks(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: Any, out: Any) -> None:
     """Remember the operands whose feeds don't go on into the output."""
+    if name.endswith("_like") or name.startswith("new_"):
+        return
+    if name.endswith("_as"):  # the second operand tells a dtype or shape
+        tensors = tensors[:1]
     if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
         tensors = tensors[1:]  # the queries, whose factor is the point
-    feeding = [x for x in map(walk.labels, tensors) if x is not None and x.feeds is not None]
-    if feeding:
-        outs = [x.feeds for x in map(walk.labels, walk.tensors(out)) if x is not None and x.feeds is not None]
-        names = {f.name for feeds in outs for f in feeds}
-        walk.leaks += [x for x in feeding if not names.issuperset([f.name for f in x.feeds or ()])]
+    passed: set[str | None] = set()
+    for t in walk.tensors(out):
+        labels = walk.labels(t)
+        passed |= {walk.name_of(t), *[f.name for f in (labels.feeds if labels is not None else None) or ()]}
+    for t in tensors:
+        labels = walk.labels(t)
+        if labels is not None and walk.name_of(t) is not None:
+            if walk.name_of(t) not in passed:
+                walk.leaks.append(Labels(labels.layers, of_parameters(walk, t)))
+        elif labels is not None and labels.feeds and not passed.issuperset([f.name for f in labels.feeds]):
+            walk.leaks.append(labels)
 
 
 def settle(walk: Walk) -> None:

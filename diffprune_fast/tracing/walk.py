@@ -265,7 +265,7 @@ class Walk(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = list(self.tensors((args, kwargs)))
         statistic = statistics.follow(self, name, args, tensors) if self.statistics else None
-        made = constants.follow(name, args, tensors, func._schema.is_mutable)
+        made = constants.follow(func, args, tensors)
         out = self._followed(func, args, kwargs)
         if made is not None:
             out._made = made
