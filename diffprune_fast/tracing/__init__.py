@@ -63,7 +63,7 @@ def trace(
     by_heads = probed(model, again, build_plan(model, again), calls)
     if units == "heads" or reach(by_heads) >= reach(plan):
         return by_heads
-    return max(probed(model, walk, plan, calls), by_heads, key=reach)
+    return max(by_heads, probed(model, walk, plan, calls), key=reach)
 
 
 def _walked(model: nn.Module, nodes: Nodes, calls: Calls, heads: Heads | None = None) -> Walk:
