@@ -24,7 +24,7 @@ from torch import nn
 
 from .depth.passthrough import drop_again, dropped_blocks
 from .manifest import FORMAT, MANIFEST, CheckpointError, pack_runs, provenance, read_manifest, versions
-from .plain_config import build_on_meta, changed_attributes, is_count, own_config, plain_config
+from .plain_config import build_on_meta, changed_attributes, is_settable, own_config, plain_config
 
 if TYPE_CHECKING:
     from .result import PruneResult
@@ -86,7 +86,7 @@ def _record(result: PruneResult) -> dict[str, Any]:
     """What the manifest says that the pruned model itself doesn't."""
     return {
         "plan": result.plan.hash,
-        "attributes": {name: value for name, value in result.attributes.items() if is_count(value)},
+        "attributes": {name: value for name, value in result.attributes.items() if is_settable(value)},
         "keep": {name: pack_runs(units) for name, units in result.keep.items()},
         **provenance(result),
     }
@@ -201,7 +201,7 @@ def _attributes(model: nn.Module, known: Mapping[str, Any], is_diffusers: bool) 
     attributes = dict(known)
     if is_diffusers:
         attributes.update(changed_attributes(model, build_on_meta(type(model), own_config(model))))
-    return {n: list(v) if isinstance(v, (tuple, list)) else int(v) for n, v in sorted(attributes.items())}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in sorted(attributes.items())}
 
 
 def _sha256(path: Path) -> str:
@@ -328,10 +328,10 @@ def _checked_attribute(model: nn.Module, name: str, value: Any) -> Any:
     except AttributeError:
         raise CheckpointError(f"{MANIFEST} sets {name}, but the model has no module {path!r}") from None
     old = vars(module).get(leaf, model)
-    if leaf.startswith("_") or not (old is None or isinstance(old, bool) or is_count(old)):
-        raise CheckpointError(f"{MANIFEST} sets {name}, which is no count of channels in {type(module).__name__}")
-    if not (is_count(value) or isinstance(value, bool)):
-        raise CheckpointError(f"{MANIFEST} sets {name} to {value!r}: only integers and tuples of them may be set")
+    if leaf.startswith("_") or not (old is None or isinstance(old, bool) or is_settable(old)):
+        raise CheckpointError(f"{MANIFEST} sets {name}, which follows no width in {type(module).__name__}")
+    if not (is_settable(value) or isinstance(value, bool)):
+        raise CheckpointError(f"{MANIFEST} sets {name} to {value!r}: only numbers and tuples of integers may be set")
     return value
 
 

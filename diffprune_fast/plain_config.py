@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,9 +18,6 @@ from torch import nn
 
 from .tracing.inputs import calls_of
 
-# A processor of this kind leaves the softmax scale to scaled_dot_product_attention, so that ``Attention.scale`` is
-# never read; slicing has folded the correction into the weights.
-_SCALE_UNREAD = ("AttnProcessor2_0", "FusedAttnProcessor2_0", "AttnAddedKVProcessor2_0")
 # Switches of a running module that no shape follows from.
 _SWITCHES = frozenset({"training", "gradient_checkpointing", "use_slicing", "use_tiling"})
 
@@ -40,7 +38,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def changed_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, Any]:
-    """Integer and tuple attributes of ``model``'s modules that ``fresh`` has with another value.
+    """Attributes of ``model``'s modules that slicing may have set and that ``fresh`` has with another value.
 
     Keys are ``"down_blocks.0.attentions.0.heads"``; both models have the same modules.
     """
@@ -51,18 +49,18 @@ def changed_attributes(model: nn.Module, fresh: nn.Module) -> dict[str, Any]:
             continue
         theirs = vars(other[path])
         for name, value in vars(module).items():
-            if name.startswith("_") or name in _SWITCHES or name not in theirs or not is_count(value):
+            if name.startswith("_") or name in _SWITCHES or name not in theirs or not is_settable(value):
                 continue
             if theirs[name] != value:
                 changed[f"{path}.{name}" if path else name] = value
     return changed
 
 
-def is_count(value: Any) -> bool:
-    """Whether ``value`` is what a module attribute that follows a number of channels may be."""
+def is_settable(value: Any) -> bool:
+    """Whether ``value`` is what a module attribute that follows a width may be: counts, and a softmax scale."""
     if isinstance(value, tuple):
         return all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def own_config(model: Any) -> dict[str, Any]:
@@ -102,19 +100,18 @@ def _same_settings(model: nn.Module, fresh: nn.Module) -> bool:
         processor = getattr(module, "processor", None)
         if type(getattr(other, "processor", None)) is not type(processor):
             return False
-        unread = {"scale"} if type(processor).__name__ in _SCALE_UNREAD else set()
-        if _settings(module, unread) != _settings(other, unread):
+        if _settings(module) != _settings(other):
             return False
     return True
 
 
-def _settings(module: nn.Module, unread: set[str]) -> dict[str, Any]:
+def _settings(module: nn.Module) -> dict[str, Any]:
     """What decides about outputs beside shapes; widths that a class notes down and never reads again may be stale."""
-    skip = _SWITCHES | unread
     return {
         name: value
         for name, value in vars(module).items()
-        if name in _SETTINGS or (isinstance(value, (float, bool)) and not name.startswith("_") and name not in skip)
+        if name in _SETTINGS
+        or (isinstance(value, (float, bool)) and not name.startswith("_") and name not in _SWITCHES)
     }
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from models import ExplicitAttention, ResidualCNN, Transformer, small_condition_unet, small_unet
 from oracle import assert_exact, random_keep
 from torch import Tensor, nn
@@ -426,3 +429,33 @@ def test_culprit_that_no_operation_names_is_found_by_halving() -> None:
     plan = dpf.trace(HiddenNumber(), (torch.empty(1, 4),))
     assert [g.name for g in plan.groups] == ["b"]
     assert "read elsewhere" in plan.frozen["a.weight:0"]
+
+
+@pytest.mark.parametrize("units", ["dims", "heads"])
+def test_other_attention_processors_compute_the_same_after_pruning(units: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=12,
+    )
+    model = model.double().eval()
+    plan = dpf.trace(model, units=units)
+    scores = np.random.default_rng(0).random(plan.n_units)
+    result = dpf.prune(model, plan, dpf.select(plan, scores, ratio=0.4, round_to=1).keep)
+    inputs = torch.randn(2, 4, 8, 8).double(), torch.tensor([3, 7]), torch.randn(2, 5, 12).double()
+    attention = model.mid_block.attentions[0].transformer_blocks[0].attn1
+    assert attention.inner_dim < 32
+    assert attention.scale == (attention.inner_dim // attention.heads) ** -0.5
+    result.save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = model(*inputs).sample
+        for smaller in (model, dpf.from_pretrained(tmp_path)):
+            for processor in (AttnProcessor(), SlicedAttnProcessor(1), AttnProcessor2_0()):
+                smaller.set_attn_processor(processor)
+                assert torch.allclose(smaller(*inputs).sample, want, rtol=0, atol=1e-12), type(processor)

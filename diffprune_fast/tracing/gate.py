@@ -39,7 +39,7 @@ class Sliced:
     keep: dict[str, np.ndarray]
     kept: dict[tuple[str, int], np.ndarray]
     shapes: dict[str, tuple[int, ...]]
-    attributes: dict[str, int | tuple[int, ...]]
+    attributes: dict[str, int | float | tuple[int, ...]]
 
 
 def sliced_shapes(model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray]) -> Sliced:
@@ -64,12 +64,12 @@ def sliced_shapes(model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray]) 
         shapes[name] = tuple(shape)
     before, after = plan.extents.at(plan.counts()), plan.extents.at(plan.counts(keep))
     modules = dict(model.named_modules())
-    attributes: dict[str, int | tuple[int, ...]] = {}
+    attributes: dict[str, int | float | tuple[int, ...]] = {}
     for a in plan.attributes:
         if before[a.extent] != after[a.extent]:
-            old = getattr(modules[a.module], a.name)
-            new = int(after[a.extent])
-            attributes[f"{a.module}.{a.name}".lstrip(".")] = (*old[:-1], new) if isinstance(old, tuple) else new
+            old, new = getattr(modules[a.module], a.name), round(float(after[a.extent]))
+            value = float(new**a.power) if a.power != 1 else (*old[:-1], new) if isinstance(old, tuple) else new
+            attributes[f"{a.module}.{a.name}".lstrip(".")] = value
     return Sliced(dict(keep), kept, shapes, attributes)
 
 

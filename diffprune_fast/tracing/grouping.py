@@ -209,6 +209,7 @@ def _extents(
 
     costs = tuple([Cost(c.place, c.scale, tuple([number(x) for x in c.layers]), c.attention) for c in walk.costs])
     attributes = [Attribute(m, a, number(x.astype(np.int32))) for (m, a), x in walk.attributes.items()]
+    attributes += [Attribute(m, a, number(x.astype(np.int32)), -0.5) for (m, a), x in walk.scale_attributes.items()]
     known = set(walk.attributes)
     for name, module in model.named_modules():
         for attribute, (parameter, dim) in PARAMETER_ATTRIBUTES.get(type(module).__name__, {}).items():

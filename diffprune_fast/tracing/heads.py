@@ -31,6 +31,9 @@ HEAD_ATTRIBUTES = (
     "sliceable_head_dim",
 )
 
+# … and those that hold the dims of a head.
+DIM_ATTRIBUTES = ("attention_head_dim", "dim_head", "head_dim", "head_size")
+
 
 @dataclass(frozen=True)
 class Attended:

@@ -76,11 +76,15 @@ class ScaleFix:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A module attribute that the forward reads and that follows a number of channels (an entry of ``extents``)."""
+    """A module attribute that follows a number of channels, an entry of ``extents``, or a power of it.
+
+    power: 1 for a number of channels; -0.5 for a softmax scale that a forward leaves to its default.
+    """
 
     module: str
     name: str
     extent: int
+    power: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -304,7 +308,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
             }
             for f in plan.scale_fixes
         ],
-        "attributes": [[a.module, a.name, a.extent] for a in plan.attributes],
+        "attributes": [[a.module, a.name, a.extent, a.power] for a in plan.attributes],
         "constants": [list(c) for c in plan.constants],
         "costs": [[c.place, c.scale, list(c.extents), c.attention] for c in plan.costs],
         "extents": {
@@ -317,8 +321,8 @@ def _encode(plan: Plan) -> dict[str, Any]:
 
 def _decode(d: Mapping[str, Any]) -> Plan:
     base = np.array(d["extents"]["base"])
-    per_group = np.zeros((len(base), d["extents"]["n_groups"]), base.dtype if base.size else np.int64)
     r, c, v = d["extents"]["entries"]
+    per_group = np.zeros((len(base), d["extents"]["n_groups"]), np.array(v or [0]).dtype)
     per_group[r, c] = v
     return Plan(
         model_class=d["model_class"],

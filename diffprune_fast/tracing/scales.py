@@ -6,6 +6,7 @@ has them is used in any other way, they have leaked: a factor in them would chan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,8 +95,16 @@ def _rows(walk: Walk, labels: Labels | None) -> dict[str, np.ndarray]:
 
 
 def fix(walk: Walk, place: str, n: int, layer: Layer, q: Labels | None) -> None:
-    """Note a softmax whose scale follows its ``n`` head dims."""
-    walk.scales.append(ScaleTerm(place, n, layer, _rows(walk, q)))
+    """Note a softmax whose scale follows its ``n`` head dims.
+
+    A scale that its module holds and doesn't use here follows as well: another attention processor may use it later.
+    """
+    term = ScaleTerm(place, n, layer, _rows(walk, q))
+    walk.scales.append(term)
+    module = walk.stack[-1] if walk.stack else ""
+    for name, value in vars(walk.by_name[module]).items():
+        if type(value) is float and "scal" in name and math.isclose(value, n**-0.5, rel_tol=1e-9):
+            walk.scale_attributes[module, name] = term.first_row
 
 
 def note_leaks(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: Any, out: Any) -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import constants, contractions, movement, norms, scales, statistics  # noqa: F401  (they fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
-from .heads import HEAD_ATTRIBUTES, Attended
+from .heads import DIM_ATTRIBUTES, HEAD_ATTRIBUTES, Attended
 from .labels import Graph, Labels, Layer, Layers, varying
 from .meta import like_a_device
 from .rules import RULES, unknown
@@ -125,6 +125,7 @@ class Walk(TorchDispatchMode):
         self.leaks: list[Labels] = []
         self.statistics = 0
         self.attributes: dict[tuple[str, str], Layer] = {}
+        self.scale_attributes: dict[tuple[str, str], Layer] = {}
         self.attended: list[Attended] = []
         self.constants: list[tuple[str, float]] = []
         self.constant_nodes: list[np.ndarray] = []
@@ -219,17 +220,17 @@ class Walk(TorchDispatchMode):
         if heads is None:
             return after
         per_head = heads.reshape(-1, heads.shape[varying(heads)[-1]])[0]
-        while module and not self._heads_attribute(module, per_head):
+        while module and not self._head_attributes(module, HEAD_ATTRIBUTES, per_head):
             module = module.rpartition(".")[0]
         return heads
 
-    def _heads_attribute(self, module: str, heads: Layer) -> bool:
-        """Note the module's attributes that hold the number of heads; whether there are any."""
+    def _head_attributes(self, module: str, names: Sequence[str], layer: Layer) -> bool:
+        """Note the module's attributes, of these names, that hold the size of a layer; whether there are any."""
         held = vars(self.by_name[module])
-        names = [a for a in HEAD_ATTRIBUTES if type(held.get(a)) is int and held[a] == heads.size]
-        for name in names:
-            self.attributes[module, name] = heads
-        return bool(names)
+        found = [a for a in names if type(held.get(a)) is int and held[a] == layer.size]
+        for name in found:
+            self.attributes[module, name] = layer
+        return bool(found)
 
     def attend(self, *operands: Tensor) -> None:
         """Note what an attention product brings together: heads, dims, channels."""
@@ -238,6 +239,9 @@ class Walk(TorchDispatchMode):
             labels = self.labels(t)
             found = [Attended.of(module, x) for x in labels.layers] if labels is not None else []
             self.attended += [a for a in found if a is not None]
+            for a in found:
+                if a is not None and a.rows is not None:
+                    self._head_attributes(module, DIM_ATTRIBUTES, a.rows[0])
             if labels is None and t.dim() == 4:
                 self.attended.append(Attended(module, t.shape[1], t.shape[3], None))
 
