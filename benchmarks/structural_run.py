@@ -83,6 +83,7 @@ def main() -> None:
     # what any pruning has to import is not part of the work
     import torch_pruning
 
+    import diffprune_fast.checkpoint
     import diffprune_fast.slicing
     import diffprune_fast.tracing
 

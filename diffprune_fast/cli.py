@@ -153,7 +153,7 @@ def _errors_in_one_line() -> Iterator[None]:
     """Errors that the user can mend are one line and exit code 2; anything else is a defect and keeps its traceback."""
     from .manifest import CheckpointError
     from .slicing import SliceError
-    from .tracing.walk import TraceError
+    from .tracing import TraceError
 
     try:
         yield

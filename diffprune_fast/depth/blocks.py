@@ -15,7 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from ..result import Complexity
 from ..tracing.inputs import calls_of
 from ..tracing.labels import Graph
-from ..tracing.walk import Calls, CostTerm, Nodes, TraceError, Walk, explained
+from ..tracing.nodes import Nodes
+from ..tracing.walk import Calls, CostTerm, TraceError, Walk
 from .alone import handed_on
 from .passthrough import Passthrough, Returns
 
@@ -74,11 +75,7 @@ def walked(model: nn.Module, calls: Calls, seen: _Calls | None = None) -> list[C
     walk = Walk(model, nodes, Graph(nodes.total))
     handle = register_module_forward_hook(seen.note, with_kwargs=True) if seen is not None else None
     try:
-        walk.go(model, calls)
-    except TraceError:
-        raise
-    except Exception as error:
-        raise TraceError(explained(model, walk, error)) from error
+        walk.follow(model, calls)
     finally:
         if handle is not None:
             handle.remove()

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..tracing.labels import Graph
-from ..tracing.walk import Calls, Nodes, Walk
+from ..tracing.nodes import Nodes
+from ..tracing.walk import Calls, Walk
 
 
 def computation(model: nn.Module, calls: Calls, names: Mapping[str, str] | None = None) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from ..selection import violations
 from ..tracing import GateError, Plan, Sliced, pass_gate
 from ..tracing.inputs import calls_of
-from ..tracing.walk import Nodes
+from ..tracing.nodes import Nodes
 from .shapes import tables
 
 

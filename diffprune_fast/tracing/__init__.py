@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from .errors import TraceError
 from .gate import GateError, Sliced, pass_gate, sliced_shapes, units_of_nodes
 from .grouping import build_plan
 from .heads import UNITS, Heads, heads_to_take_whole, reach
 from .inputs import calls_of
 from .labels import Graph
+from .nodes import Nodes
 from .plan import Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
 from .probe import probed
-from .walk import Calls, Nodes, TraceError, Walk, explained
+from .walk import Calls, Walk
 
 __all__ = [
     "Attribute",
@@ -68,10 +70,5 @@ def trace(
 
 def _walked(model: nn.Module, nodes: Nodes, calls: Calls, heads: Heads | None = None) -> Walk:
     walk = Walk(model, nodes, Graph(nodes.total, heads=heads))
-    try:
-        walk.go(model, calls)
-    except TraceError:
-        raise
-    except Exception as error:
-        raise TraceError(explained(model, walk, error)) from error
+    walk.follow(model, calls)
     return walk

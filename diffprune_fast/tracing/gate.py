@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .errors import where_in
 from .grouping import free_rows
 from .labels import Graph
+from .nodes import Nodes
 from .plan import Plan
-from .walk import Calls, Nodes, Walk, where_in
+from .walk import Calls, Walk
 
 
 class GateError(ValueError):

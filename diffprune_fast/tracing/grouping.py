@@ -13,8 +13,9 @@ from torch import nn
 
 from .attributes import PARAMETER_ATTRIBUTES
 from .labels import Graph
+from .nodes import Nodes
 from .plan import Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
-from .walk import Nodes, Walk
+from .walk import Walk
 
 UNUSED = "the forward doesn't use it as channels"
 

@@ -2,107 +2,25 @@
 
 from __future__ import annotations
 
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import constants, contractions, movement, norms, scales, statistics  # noqa: F401  (they fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
+from .errors import TraceError, explained
 from .heads import DIM_ATTRIBUTES, HEAD_ATTRIBUTES, Attended
 from .labels import Graph, Labels, Layer, Layers, varying
-from .meta import like_a_device
+from .meta import hooked, inputs_on_meta, on_meta, outputs_in, to_meta
+from .nodes import Nodes
 from .rules import RULES, unknown
 
 Calls = Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]
-
-
-class TraceError(RuntimeError):
-    """The model's forward could not be followed."""
-
-
-def where_in(walk: Walk, error: BaseException) -> str:
-    """The module in which a forward failed, and the line of its code: the last one that isn't PyTorch's or ours."""
-    module = f" in {walk.stack[-1]!r}" if walk.stack and walk.stack[-1] else ""
-    not_theirs = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
-    if not frames:
-        return module
-    path = Path(frames[-1].filename)
-    place = "/".join(
-        path.parts[path.parts.index("site-packages") + 1 :] if "site-packages" in path.parts else path.parts[-2:]
-    )
-    return f"{module} at {place}:{frames[-1].lineno}: {frames[-1].line}"
-
-
-def explained(model: nn.Module, walk: Walk, error: Exception) -> str:
-    """What a failed forward means, for its error message."""
-    where = where_in(walk, error)
-    if "meta tensors" in str(error) or isinstance(error, NotImplementedError):
-        return (
-            f"the forward of {type(model).__name__} reads values of an activation, which depends on the data: "
-            f"{error}{where}. Give example_inputs for which it takes no such branch, or trace the part of the model "
-            "below it."
-        )
-    return (
-        f"the forward of {type(model).__name__} failed on the meta device: {error}{where}. Check example_inputs "
-        "(shapes and names of the forward's arguments)."
-    )
-
-
-@dataclass
-class Nodes:
-    """Numbers every channel: node ids of ``(parameter, dim)`` are ``start[(parameter, dim)] + index``; 0 is frozen."""
-
-    names: dict[int, str]
-    shapes: dict[str, tuple[int, ...]]
-    buffers: frozenset[str]
-    start: dict[tuple[str, int], int] = field(default_factory=dict)
-    total: int = 1
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Nodes:
-        """All parameters and floating-point buffers, tied ones once, by their first name."""
-        names: dict[int, str] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, p in model.named_parameters():
-            names[id(p)] = name
-            shapes[name] = tuple(p.shape)
-        buffers = set()
-        for name, b in model.named_buffers():
-            if b.is_floating_point():
-                names[id(b)] = name
-                shapes[name] = tuple(b.shape)
-                buffers.add(name)
-        nodes = cls(names, shapes, frozenset(buffers))
-        for name, shape in shapes.items():
-            for dim, n in enumerate(shape):
-                if n > 1:
-                    nodes.start[name, dim] = nodes.total
-                    nodes.total += n
-        return nodes
-
-    def layers(self, name: str, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> Layers:
-        """One layer per dim of a parameter; ``kept``: the indices that a sliced parameter still has."""
-        shape = self.shapes[name]
-        layers = []
-        for dim, n in enumerate(shape):
-            if n > 1:
-                index = np.arange(n, dtype=np.int32) if kept is None or (name, dim) not in kept else kept[name, dim]
-                view = [1] * len(shape)
-                view[dim] = -1
-                if index.size > 1:
-                    layers.append((self.start[name, dim] + index).astype(np.int32).reshape(view))
-        return tuple(layers)
 
 
 @dataclass
@@ -149,7 +67,7 @@ class Walk(TorchDispatchMode):
         tensors = list(self.tensors((args, kwargs)))
         if any(t.device.type == "meta" for t in tensors):
             if not all(t.device.type == "meta" for t in tensors):
-                args, kwargs = _to_meta(args), _to_meta(kwargs)
+                args, kwargs = to_meta(args), to_meta(kwargs)
             if "device" in kwargs and kwargs["device"] is not None:
                 kwargs = {**kwargs, "device": torch.device("meta")}
         elif tensors and kwargs.get("device") is not None:
@@ -309,146 +227,27 @@ class Walk(TorchDispatchMode):
         if self.stack and id(module) in self.modules:
             self.stack.pop()
 
+    def follow(self, model: nn.Module, calls: Calls) -> None:
+        """:meth:`go`, with an error that says where the forward failed. Raises TraceError."""
+        try:
+            self.go(model, calls)
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(explained(model, self, error)) from error
+
     def go(self, model: nn.Module, calls: Calls, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> None:
         """Run the calls; labels of the parameters are ``nodes``' (those of ``kept`` for a sliced model)."""
-        with on_meta(model, self.nodes, kept), _hooks(self.enter, self.leave):
+        with on_meta(model, self.nodes, kept), hooked(self.enter, self.leave):
             for method, args, kwargs in calls:
                 f = model if method == "forward" else getattr(model, method)
                 with torch.inference_mode(), self:
-                    out = f(*_inputs(args), **_inputs(kwargs))
+                    out = f(*inputs_on_meta(args), **inputs_on_meta(kwargs))
                 self.stack.clear()
-                for t in _outputs(out, set()):
+                for t in outputs_in(out, set()):
                     if getattr(t, "_statistic", None) is not None:
                         statistics.freeze(self, t._statistic)  # type: ignore[attr-defined]
                     labels = self.labels(t)
                     for layer in labels.layers if labels is not None else ():
                         self.graph.freeze(layer, "is an output of the model")
         scales.settle(self)
-
-
-def _to_meta(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        if tree.device.type == "meta":
-            return tree
-        out = torch.empty_like(tree, device="meta")
-        out._channel_labels = getattr(tree, "_channel_labels", None)  # type: ignore[attr-defined]
-        return out
-    if isinstance(tree, (list, tuple)):
-        return type(tree)([_to_meta(x) for x in tree])
-    if isinstance(tree, dict):
-        return {k: _to_meta(v) for k, v in tree.items()}
-    return tree
-
-
-def _inputs(tree: Any) -> Any:
-    """Floating-point inputs go to meta; ids, masks and numbers stay real."""
-    if isinstance(tree, Tensor):
-        return torch.empty(tree.shape, dtype=tree.dtype, device="meta") if tree.is_floating_point() else tree
-    if isinstance(tree, (list, tuple)):
-        return type(tree)([_inputs(x) for x in tree])
-    if isinstance(tree, dict):
-        return {k: _inputs(v) for k, v in tree.items()}
-    return tree
-
-
-def _outputs(tree: Any, seen: set[int]) -> Iterator[Tensor]:
-    """All tensors in whatever a forward returned (diffusers' outputs and distributions are plain objects)."""
-    if isinstance(tree, Tensor):
-        yield tree
-        return
-    if id(tree) in seen:
-        return
-    seen.add(id(tree))
-    if isinstance(tree, dict):
-        for x in tree.values():
-            yield from _outputs(x, seen)
-    elif isinstance(tree, (list, tuple)):
-        for x in tree:
-            yield from _outputs(x, seen)
-    elif is_dataclass(tree) or hasattr(tree, "__dict__"):
-        for x in vars(tree).values():
-            yield from _outputs(x, seen)
-
-
-@contextmanager
-def _hooks(enter: Any, leave: Any) -> Iterator[None]:
-    handles = [
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=False),
-    ]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings(), like_a_device():
-            # torch.compile'd submodules run uncompiled here, which is what we want
-            warnings.filterwarnings("ignore", message=".*global hooks.*")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for h in handles:
-            h.remove()
-
-
-@contextmanager
-def on_meta(model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> Iterator[None]:
-    """The model with labelled meta tensors in place of its parameters and buffers, in eval mode; then as it was.
-
-    Nothing of the weights is read or copied.
-    """
-    stand_ins: dict[int, Tensor] = {}
-    undo: list[tuple[dict[str, Any], str, Any]] = []
-    attributes = [(vars(m), vars(m).copy(), _contents(vars(m))) for m in [*model.modules(), *_plain_objects(model)]]
-    try:
-        for module in model.modules():
-            module.training = False
-            for table in (module._parameters, module._buffers):
-                for key, t in table.items():
-                    name = nodes.names.get(id(t)) if t is not None else None
-                    if t is None or name is None:
-                        continue
-                    if id(t) not in stand_ins:
-                        stand_ins[id(t)] = _stand_in(t, name, nodes, kept)
-                    undo.append((table, key, t))
-                    table[key] = stand_ins[id(t)]  # type: ignore[assignment]
-        yield
-    finally:
-        for table, key, t in undo:
-            table[key] = t
-        for now, before, contents in attributes:  # forwards cache tables in attributes: theirs are of meta now
-            _restore(now, before, contents)
-
-
-def _plain_objects(model: nn.Module) -> list[Any]:
-    """Objects of the model's own that aren't modules (a rotary embedder, say) and may cache tensors as well."""
-    held = {id(v): v for m in model.modules() for v in vars(m).values() if hasattr(v, "__dict__")}
-    ours = [v for v in held.values() if not isinstance(v, (nn.Module, Tensor, type, dict))]  # dicts: hooks, configs
-    return [v for v in ours if not (callable(v) and hasattr(v, "__name__"))]  # functions cache nothing of theirs
-
-
-def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the lists and dicts among the attributes."""
-    return {k: v.copy() for k, v in attributes.items() if type(v) in (list, dict)}
-
-
-def _restore(attributes: dict[str, Any], before: dict[str, Any], contents: dict[str, Any]) -> None:
-    """Put back what a forward has set, in place where the attribute is a list or dict."""
-    for key in attributes.keys() - before.keys():
-        del attributes[key]
-    attributes.update(before)
-    for key, content in contents.items():
-        before[key].clear()
-        (before[key].update if isinstance(content, dict) else before[key].extend)(content)
-
-
-def _stand_in(t: Tensor, name: str, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None) -> Tensor:
-    shape = list(t.shape)
-    for dim in range(len(shape)):
-        if kept is not None and (name, dim) in kept:
-            shape[dim] = kept[name, dim].size
-    out: Tensor = torch.empty(shape, dtype=t.dtype, device="meta")
-    if isinstance(t, nn.Parameter):
-        out = nn.Parameter(out, requires_grad=False)
-    layers = nodes.layers(name, kept)
-    out._channel_labels = Labels(layers) if layers else None  # type: ignore[attr-defined]
-    out._parameter_name = name  # type: ignore[attr-defined]
-    return out
