@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .depth.passthrough import drop_again, dropped_blocks
-from .manifest import FORMAT, MANIFEST, CheckpointError, pack_runs, provenance, read_manifest, versions
+from .manifest import FORMAT, MANIFEST, CheckpointError, pack_runs, provenance, read_manifest, unpack_runs, versions
 from .plain_config import build_on_meta, changed_attributes, is_settable, own_config, plain_config
+from .position_tables import KeptColumns, kept_columns, table_of
 
 if TYPE_CHECKING:
     from .result import PruneResult
@@ -77,7 +78,7 @@ def saved_as_pruned(result: PruneResult) -> PruneResult:
 
 
 # What a manifest says about the files beside it, not about how the model was pruned.
-_OF_THE_FILES = ("format", "versions", "model_class", "plain_config", "tied", "shapes", "sha256")
+_OF_THE_FILES = ("format", "versions", "model_class", "plain_config", "tied", "shapes", "dropped", "tables", "sha256")
 # Options of diffusers' save_pretrained that ask for what is done anyway.
 _AS_IT_IS = (("safe_serialization", True), ("push_to_hub", False), ("use_flashpack", False))
 
@@ -107,6 +108,7 @@ def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None
         "tied": tied,
         "shapes": {name: list(t.shape) for name, t in sorted({**weights, **buffers}.items())},
         "dropped": dropped,
+        "tables": {name: [t.width, pack_runs(t.kept.numpy())] for name, t in kept_columns(model).items()},
         "attributes": {} if plain is not None else _attributes(model, record["attributes"], is_diffusers),
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -163,6 +165,7 @@ def from_pretrained(
     shaped, real = _empty_model(directory, manifest, model)
     _apply(shaped, manifest)
     _load(shaped, state, buffers, manifest["tied"])
+    _attach_tables(shaped, manifest["tables"])
     _fill_tensor_attributes(shaped, real)
     if torch_dtype is not None:
         shaped.to(torch_dtype)
@@ -349,6 +352,21 @@ def _load(
     for name, of in tied.items():
         (path, _, leaf), (of_path, _, of_leaf) = name.rpartition("."), of.rpartition(".")
         setattr(model.get_submodule(path), leaf, getattr(model.get_submodule(of_path), of_leaf))
+
+
+def _attach_tables(model: nn.Module, tables: Mapping[str, Any]) -> None:
+    """Hooks for tables of positions that are made anew for other sizes."""
+    modules = dict(model.named_modules())
+    for name, entry in tables.items():
+        rule = table_of(modules[name]) if name in modules else None
+        try:
+            width, runs = entry
+            kept = torch.from_numpy(unpack_runs(runs, width))
+        except (TypeError, ValueError) as e:
+            raise CheckpointError(f"{MANIFEST} describes the table of {name} wrongly: {e}") from None
+        if rule is None or kept.numel() != getattr(modules[name], rule.buffer).shape[-1] or int(kept[-1]) >= width:
+            raise CheckpointError(f"{MANIFEST} keeps columns of a table of {name} that isn't there")
+        KeptColumns(kept, width).attach(modules[name])
 
 
 def _fill_tensor_attributes(model: nn.Module, real: nn.Module | None) -> None:

@@ -69,6 +69,7 @@ _FIELDS = {
     "attributes": dict,
     "keep": dict,
     "dropped": dict,
+    "tables": dict,
     "sha256": dict,
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..position_tables import keep_columns
 from ..tracing import Plan, Sliced
 from ..tracing.gate import alive_units
 from .shapes import tables
@@ -42,6 +43,7 @@ def slice_model(
     for path, value in sliced.attributes.items():
         module, _, name = path.rpartition(".")
         setattr(modules[module], name, value)
+    keep_columns(model, sliced.kept, plan.shapes)
 
 
 def _row_scale(t: Tensor, keep: dict[int, Tensor], factors: list[tuple[np.ndarray, float]]) -> Tensor | None:

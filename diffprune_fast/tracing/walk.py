@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..position_tables import Table, table_of
 from . import constants, contractions, movement, norms, scales, statistics  # noqa: F401  (they fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from .errors import TraceError, explained
@@ -218,10 +219,24 @@ class Walk(TorchDispatchMode):
                 if varying(layer) == (1,):
                     for attribute in INPUT_ATTRIBUTES[kind]:
                         self.attributes[name, attribute] = layer.reshape(-1)
+        table = table_of(module)
+        if table is not None:
+            self._fit(module, table, inputs)
         if kind in FROZEN_CLASSES:
             for p in module.parameters():
                 for layer in self.nodes.layers(self.name_of(p) or ""):
                     self.graph.freeze(layer, FROZEN_CLASSES[kind])
+
+    def _fit(self, module: nn.Module, rule: Table, inputs: Any) -> None:
+        """A table of positions for inputs of another size, with the labels of the one that there is."""
+        size = rule.wanted(module, inputs)
+        old = getattr(module, rule.buffer)
+        if size != rule.held(module):
+            new = torch.empty((1, rule.positions(module, size), old.shape[-1]), dtype=old.dtype, device="meta")
+            labels = self.labels(old)
+            self.label(new, Labels(tuple([x for x in labels.layers if varying(x) == (2,)])) if labels else None)
+            new._parameter_name = self.name_of(old)  # type: ignore[attr-defined]
+            rule.hold(module, size, new)
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.stack and id(module) in self.modules:
