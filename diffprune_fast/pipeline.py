@@ -18,7 +18,7 @@ from .pipelines import opened
 from .result import PruneResult
 from .scoring import first_call, score
 from .selection import select
-from .slicing import dry_run, prune
+from .slicing import check_optimizer, dry_run, prune
 from .tracing import Plan, trace
 from .tracing.inputs import knows_inputs
 
@@ -65,6 +65,7 @@ def score_and_prune(
     """
     _sorted_out(options)  # an unknown name fails before anything else
     model, loader, options, put_back = opened(model, component, loader, options)
+    check_optimizer(model, optimizer, inplace)
     if example_inputs is None and loader is not None and not knows_inputs(model):
         how = {name: options.get(name) for name in ("scheduler", "loss_fn")}
         example_inputs, loader = first_call(model, loader, seed=seed, **how)
@@ -111,7 +112,8 @@ def prune_channels(
     traced = time.perf_counter()
 
     rehearsal = select(plan, np.arange(plan.n_units) % 97 + 1.0, **budget, norm_groups=norm_groups, **selecting)
-    dry_run(model, plan, rehearsal.keep, norm_groups=norm_groups, example_inputs=example_inputs)
+    sliced = dry_run(model, plan, rehearsal.keep, norm_groups=norm_groups, example_inputs=example_inputs)
+    check_optimizer(model, optimizer, inplace, {name for name, _ in sliced.kept})
     rehearsed = time.perf_counter()
 
     scores = score(model, loader, plan, seed=seed, **scoring)

@@ -117,6 +117,28 @@ def test_optimizer_goes_on_after_pruning() -> None:
     assert torch.isfinite(model.conv_in.weight).all()
 
 
+@pytest.mark.parametrize("wrong", ["Adafactor", "copy", "other"])
+def test_an_optimizer_that_cannot_follow_is_refused_before_scoring(wrong: str) -> None:
+    model = tiny()
+    optimizer: Any = torch.optim.Adafactor(model.parameters())
+    model(torch.randn(1, 3, 16, 16), 10).sample.square().mean().backward()
+    optimizer.step()
+    if wrong == "other":
+        optimizer = torch.optim.SGD(tiny().parameters(), lr=0.1)
+    drawn: list[int] = []
+
+    class Loader:
+        def __iter__(self) -> Any:
+            drawn.append(1)
+            return iter(images())
+
+    before = state(model)
+    with pytest.raises(dpf.slicing.SliceError, match={"copy": "inplace=False"}.get(wrong, "optimizer")):
+        dpf.score_and_prune(model, Loader(), optimizer=optimizer, inplace=wrong != "copy", **QUICK)
+    assert not drawn
+    assert unchanged(model, before)
+
+
 def test_gradient_of_pruned_model_is_that_of_its_loss() -> None:
     """A pruned model trains: its gradients agree with finite differences."""
     model = dpf.score_and_prune(tiny(), images(), **QUICK).model.double()

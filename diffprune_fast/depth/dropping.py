@@ -17,6 +17,7 @@ from torch import nn
 
 from ..plain_config import build_on_meta, own_config, shapes_of
 from ..result import Complexity, PruneResult
+from ..slicing import check_optimizer
 from ..tracing import TraceError, trace
 from ..tracing.inputs import calls_of
 from .blocks import Block, complexity_of, find_blocks, put_passthroughs, walked
@@ -46,11 +47,11 @@ def drop_blocks(
     :class:`Passthrough` without weights stays in the block's place, and :func:`from_pretrained` puts it there again.
 
     Raises:
-        DepthError: a name that is no residual block of this model. TraceError: the model can't be followed.
+        DepthError: a name that is no residual block of this model. SliceError: the optimizer isn't this model's.
+        TraceError: the model can't be followed.
     """
+    check_optimizer(model, optimizer, inplace)
     if not inplace:
-        if optimizer is not None:
-            raise DepthError("an optimizer can't follow inplace=False: it holds the original's parameters")
         model = copy.deepcopy(model)
     blocks = find_blocks(model, example_inputs)
     chosen = named(blocks, [names] if isinstance(names, str) else names)
