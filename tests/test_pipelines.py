@@ -323,6 +323,16 @@ def test_diffusers_refuses_an_unevenly_pruned_pipeline(tmp_path: Any) -> None:
         dpf.from_pretrained(tmp_path)
 
 
+def test_diffusers_refuses_a_pipeline_without_some_blocks(tmp_path: Any) -> None:
+    pipe = made("ddpm")
+    dpf.score_and_prune(pipe, [images()], params=0.7, drop_blocks="mid_block.resnets.0", **QUICK)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    again = dpf.pipeline_from_pretrained(tmp_path)
+    assert again.unet.num_parameters() == pipe.unet.num_parameters()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -20,6 +20,7 @@ from ..result import Complexity, PruneResult
 from ..slicing import check_optimizer
 from ..tracing import TraceError, trace
 from ..tracing.inputs import calls_of
+from ..unpruned import before_pruning, note
 from .blocks import Block, complexity_of, find_blocks, put_passthroughs, walked
 from .computation import computation
 from .passthrough import Passthrough
@@ -61,6 +62,7 @@ def drop_blocks(
         plan = trace(model, example_inputs)
     if optimizer is not None:
         forget(optimizer, old, model)
+    note(model, before_pruning(model, plan))
     after = Complexity(plan.params(), plan.macs())
     from ..checkpoint import saved_as_pruned  # it loads what is dropped here
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..result import Complexity, PruneResult
 from ..tracing import Plan, Sliced, sliced_shapes
+from ..unpruned import before_pruning, note
 from .execute import slice_model
 from .optimizers import check_optimizer
 from .shapes import apply_shapes
@@ -77,7 +78,9 @@ def prune(
     checked = time.perf_counter()
     if not inplace:
         model = copy.deepcopy(model)
+    before = before_pruning(model, plan)
     slice_model(model, plan, sliced, optimizer, backend)
+    note(model, before)
     done = time.perf_counter()
     counts = plan.counts(sliced.keep)
     result = PruneResult(
