@@ -1,9 +1,9 @@
 """Saving and loading pruned models: safetensors and JSON, nothing that runs.
 
-A directory holds ``diffusion_pytorch_model.safetensors`` (the weights under diffusers' own name; under another one where
-blocks are missing that a config can't leave out), ``config.json`` (the model's config) and ``diffprune.json`` (the
-manifest: shapes, keep-sets, how they came to be). Where a plain config describes the pruned model, ``config.json`` is that
-one and the class's own ``from_pretrained`` reads the directory.
+A directory holds ``diffusion_pytorch_model.safetensors`` (the weights under diffusers' own name; under another one
+where blocks are missing that a config can't leave out), ``config.json`` (the model's config) and ``diffprune.json``
+(the manifest: shapes, keep-sets, how they came to be). Where a plain config describes the pruned model, ``config.json``
+is that one and the class's own ``from_pretrained`` reads the directory.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from .result import PruneResult
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# The weights of a model with blocks dropped in place. Under its own name diffusers would load them, into a model that has
-# the blocks, and leave those blocks' weights at random.
+# The weights of a model with blocks dropped in place. Under its own name diffusers would load them, into a model that
+# has the blocks, and leave those blocks' weights at random.
 SHALLOW_WEIGHTS = "diffprune_model.safetensors"
 BUFFERS = "diffprune_buffers.safetensors"  # buffers that a state dict leaves out, as the pruned model has them
 CONFIG = "config.json"
