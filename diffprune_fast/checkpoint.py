@@ -1,8 +1,9 @@
 """Saving and loading pruned models: safetensors and JSON, nothing that runs.
 
-A directory holds ``diffusion_pytorch_model.safetensors`` (the weights under diffusers' own name), ``config.json`` (the
-model's config) and ``diffprune.json`` (the manifest: shapes, keep-sets, how they came to be). Where a plain config
-describes the pruned model, ``config.json`` is that one and the class's own ``from_pretrained`` reads the directory.
+A directory holds ``diffusion_pytorch_model.safetensors`` (the weights under diffusers' own name; under another one
+where blocks are missing that a config can't leave out), ``config.json`` (the model's config) and ``diffprune.json``
+(the manifest: shapes, keep-sets, how they came to be). Where a plain config describes the pruned model, ``config.json``
+is that one and the class's own ``from_pretrained`` reads the directory.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from torch import nn
 
 from .depth.passthrough import drop_again, dropped_blocks
 from .manifest import FORMAT, MANIFEST, CheckpointError, pack_runs, provenance, read_manifest, unpack_runs, versions
-from .plain_config import build_on_meta, changed_attributes, is_settable, own_config, plain_config
+from .plain_config import build_on_meta, changed_attributes, is_settable, own_config, plain_config, shapes_of
 from .position_tables import KeptColumns, kept_columns, table_of
+from .unpruned import changed_since, check_unpruned, note, noted
 
 if TYPE_CHECKING:
     from .result import PruneResult
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# The weights of a model with blocks dropped in place. Under its own name diffusers would load them, into a model that
+# has the blocks, and leave those blocks' weights at random.
+SHALLOW_WEIGHTS = "diffprune_model.safetensors"
 BUFFERS = "diffprune_buffers.safetensors"  # buffers that a state dict leaves out, as the pruned model has them
 CONFIG = "config.json"
 
@@ -78,7 +83,18 @@ def saved_as_pruned(result: PruneResult) -> PruneResult:
 
 
 # What a manifest says about the files beside it, not about how the model was pruned.
-_OF_THE_FILES = ("format", "versions", "model_class", "plain_config", "tied", "shapes", "dropped", "tables", "sha256")
+_OF_THE_FILES = (
+    "format",
+    "versions",
+    "model_class",
+    "plain_config",
+    "tied",
+    "shapes",
+    "dropped",
+    "tables",
+    "unpruned",
+    "sha256",
+)
 # Options of diffusers' save_pretrained that ask for what is done anyway.
 _AS_IT_IS = (("safe_serialization", True), ("push_to_hub", False), ("use_flashpack", False))
 
@@ -109,14 +125,15 @@ def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None
         "shapes": {name: list(t.shape) for name, t in sorted({**weights, **buffers}.items())},
         "dropped": dropped,
         "tables": {name: [t.width, pack_runs(t.kept.numpy())] for name, t in kept_columns(model).items()},
+        "unpruned": noted(model) if plain is None else {"shapes": shapes_of(model), "attributes": {}},
         "attributes": {} if plain is not None else _attributes(model, record["attributes"], is_diffusers),
     }
     directory.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=".diffprune-", dir=directory))
     try:
-        files = [WEIGHTS]
-        save_file(weights, written / WEIGHTS, metadata={"format": "pt"})
-        manifest["sha256"] = {WEIGHTS: _sha256(written / WEIGHTS)}
+        files = [_weights_file(dropped)]
+        save_file(weights, written / files[0], metadata={"format": "pt"})
+        manifest["sha256"] = {files[0]: _sha256(written / files[0])}
         if buffers:
             save_file(buffers, written / BUFFERS, metadata={"format": "pt"})
             manifest["sha256"][BUFFERS] = _sha256(written / BUFFERS)
@@ -130,8 +147,8 @@ def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None
         for name in [*files, MANIFEST]:
             shutil.copymode(written / MANIFEST, written / name)  # safetensors makes files that others can't read
             os.replace(written / name, directory / name)
-        if not buffers:
-            (directory / BUFFERS).unlink(missing_ok=True)
+        for name in {WEIGHTS, SHALLOW_WEIGHTS, BUFFERS} - {*files}:  # of a former checkpoint
+            (directory / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(written, ignore_errors=True)
 
@@ -158,11 +175,14 @@ def from_pretrained(
     if (directory / "model_index.json").exists():
         raise CheckpointError(f"{directory} is a whole pipeline: load it with pipeline_from_pretrained")
     manifest = read_manifest(directory)
-    state = _read_tensors(directory, WEIGHTS, manifest, verify)
+    state = _read_tensors(directory, _weights_file(manifest["dropped"]), manifest, verify)
     buffers = _read_tensors(directory, BUFFERS, manifest, verify) if BUFFERS in manifest["sha256"] else {}
     _check_names({**state, **buffers}, manifest)
 
     shaped, real = _empty_model(directory, manifest, model)
+    if model is not None:
+        check_unpruned(shaped, manifest["unpruned"])
+    note(shaped, manifest["unpruned"])
     _apply(shaped, manifest)
     _load(shaped, state, buffers, manifest["tied"])
     _attach_tables(shaped, manifest["tables"])
@@ -174,6 +194,10 @@ def from_pretrained(
     if hasattr(shaped, "save_config"):
         shaped.save_pretrained = SavedAsPruned.from_manifest(shaped, manifest)  # type: ignore[assignment]
     return shaped.eval()
+
+
+def _weights_file(dropped: Mapping[str, Any]) -> str:
+    return SHALLOW_WEIGHTS if dropped else WEIGHTS
 
 
 def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -201,7 +225,7 @@ def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
 def _attributes(model: nn.Module, known: Mapping[str, Any], is_diffusers: bool) -> dict[str, Any]:
     """What a freshly built model lacks, also where it was pruned before and ``known`` is of the last time only."""
-    attributes = dict(known)
+    attributes = {**known, **changed_since(model)}
     if is_diffusers:
         attributes.update(changed_attributes(model, build_on_meta(type(model), own_config(model))))
     return {n: list(v) if isinstance(v, tuple) else v for n, v in sorted(attributes.items())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from .result import PruneResult
+    from .tracing import Plan
 
 app = typer.Typer(
     name="diffprune-fast",
@@ -21,8 +23,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _show_traceback = False
+INDEX = "model_index.json"
 
-ModelDir = Annotated[Path, typer.Argument(help="Folder of a diffusers model, or of a model pruned before.")]
+ModelDir = Annotated[Path, typer.Argument(help="Folder of a diffusers model or pipeline, pruned before or not.")]
 
 
 def main() -> None:
@@ -49,14 +52,13 @@ def info() -> None:
 @app.command()
 def trace(
     model_dir: ModelDir,
+    component: Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")] = None,  # noqa: UP045
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan to this file.")] = None,  # noqa: UP045 (typer on Python 3.10)
     units: Annotated[str, typer.Option(help="Of attentions: dims, heads, or auto.")] = "auto",
 ) -> None:
     """Print which channels of a model go together, and which stay and why."""
     with _errors_in_one_line():
-        from .tracing import trace as trace_model
-
-        plan = trace_model(_load(model_dir, weights=False), units=units)
+        plan = _traced(model_dir, component, units)
         if json_file is not None:
             json_file.write_text(plan.to_json(), encoding="utf-8")
         typer.echo(str(plan))
@@ -64,7 +66,7 @@ def trace(
 
 @app.command()
 def prune(
-    model_dir: Annotated[Path, typer.Argument(help="Folder of a diffusers model or pipeline, pruned before or not.")],
+    model_dir: ModelDir,
     out: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
     images: Annotated[
         Optional[Path],  # noqa: UP045
@@ -101,9 +103,10 @@ def prune(
     """Prune a model, or a component of a pipeline, to a budget and save it."""
     with _errors_in_one_line():
         from . import score_and_prune
+        from .selection.budgets import parse_budget
 
-        if out.resolve() == model_dir.resolve():
-            raise ValueError(f"--out {out} is the model's own folder: choose another, the original would be lost")
+        _check_out(out, model_dir)
+        parse_budget({"ratio": ratio, "params": params, "macs": macs})
         model = _load(model_dir).to(_device(device))
         result = score_and_prune(
             model,
@@ -130,6 +133,52 @@ def prune(
         result.save_pretrained(out)
         typer.echo(str(result))
         typer.echo(f"saved:  {out} (load it with {_way_to_load(result, out)}({str(out)!r}))")
+
+
+def _traced(model_dir: Path, component: str | None, units: str) -> Plan:
+    """The plan of a model, which is built without its weights unless its pipeline has to say what it is called with."""
+    from .tracing import trace as trace_model
+    from .tracing.inputs import knows_inputs
+
+    pipeline, name = _place(model_dir, component)
+    model = _load(model_dir if name is None or pipeline != model_dir else model_dir / name, weights=False)
+    if pipeline is None or knows_inputs(model):  # without a pipeline trace() says what is lacking
+        return trace_model(model, units=units)
+    from .pipelines import example_call, find_component
+
+    pipe = _load(pipeline)
+    return trace_model(find_component(pipe, name)[1], example_call(pipe, name), units=units)
+
+
+def _place(model_dir: Path, component: str | None) -> tuple[Path | None, str | None]:
+    """The pipeline's folder that a model belongs to, and the model's name there; None where there is no pipeline."""
+    from .pipelines import DENOISERS, read_index
+
+    if not (model_dir / INDEX).exists():
+        if component is not None:
+            raise ValueError(f"--component {component} is for pipelines: there is no {INDEX} in {model_dir}")
+        whole = model_dir.resolve()
+        return (whole.parent, whole.name) if (whole.parent / INDEX).exists() else (None, None)
+    parts = sorted(name for name, value in read_index(model_dir).items() if isinstance(value, list) and value[0])
+    name = component or next((n for n in DENOISERS if n in parts), None)
+    if name not in parts:
+        raise ValueError(f"{model_dir} has no {name or 'denoiser'}: give --component, one of {', '.join(parts)}")
+    return model_dir, name
+
+
+def _check_out(out: Path, model_dir: Path) -> None:
+    """Before anything costs time: a folder that can be written to, and none of the original's."""
+    source, target = model_dir.resolve(), out.resolve()
+    source = source.parent if (source.parent / INDEX).exists() else source
+    if target.is_relative_to(source):
+        raise ValueError(
+            f"--out {out} is in the model's own folder {source}: choose another, the original could be lost"
+        )
+    there = next(path for path in (target, *target.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--out {out}: {there} is {'not writable' if there.is_dir() else 'a file'}, choose another folder"
+        )
 
 
 def _way_to_load(result: PruneResult, out: Path) -> str:
@@ -165,7 +214,7 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _load(model_dir: Path, weights: bool = True) -> Any:
-    """The model or pipeline in a folder; without weights it is a model, on ``meta`` where that is possible."""
+    """The model or pipeline in a folder; a model without weights is on ``meta`` where that is possible."""
     from .checkpoint import CONFIG, MANIFEST, diffusers_class, from_pretrained
     from .plain_config import build_on_meta
 
@@ -173,13 +222,10 @@ def _load(model_dir: Path, weights: bool = True) -> Any:
         raise ValueError(f"{model_dir} is not a folder: download the model and give its folder")
     if (model_dir / MANIFEST).exists():
         return from_pretrained(model_dir)
-    if (model_dir / "model_index.json").exists():
-        if weights:
-            from .pipelines import pipeline_from_pretrained
+    if (model_dir / INDEX).exists():
+        from .pipelines import pipeline_from_pretrained
 
-            return pipeline_from_pretrained(model_dir)
-        parts = [p.parent.name for p in sorted(model_dir.glob(f"*/{CONFIG}"))]
-        raise ValueError(f"{model_dir} is a pipeline: give the folder of one of its models ({', '.join(parts)})")
+        return pipeline_from_pretrained(model_dir)
     config = _read_config(model_dir / CONFIG)
     cls: Any = diffusers_class(config["_class_name"])
     if not weights:
@@ -218,12 +264,19 @@ def _loader(
     model: Any, component: str | None, images: Path | None, criterion: str, size: int | None, batch_size: int, seed: int
 ) -> Any:
     from .image_folder import ImageFolder
-    from .pipelines import find_component, image_shape, is_pipeline, takes_captions
+    from .pipelines import check_known, find_component, image_shape, is_pipeline, takes_captions
     from .scoring.conditioning import is_autoencoder
+    from .tracing.inputs import knows_inputs
 
+    if images is None and criterion in ("magnitude", "random"):
+        if not is_pipeline(model) and not knows_inputs(model):
+            raise ValueError(
+                f"no example inputs are known for {type(model).__name__}: give its pipeline's folder with --component"
+            )
+        return None
+    if is_pipeline(model):
+        check_known(*find_component(model, component))
     if images is None:
-        if criterion in ("magnitude", "random"):
-            return None
         raise ValueError(f"--images: criterion {criterion} needs a folder of training images")
     captions = False
     if is_pipeline(model):

@@ -51,6 +51,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     for name, shape in manifest["shapes"].items():
         if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
             raise CheckpointError(f"{path}: the shape of {name!r} is {shape!r}, not a list of sizes")
+    if not all(isinstance(manifest["unpruned"].get(part), dict) for part in ("shapes", "attributes")):
+        raise CheckpointError(f"{path}: 'unpruned' lacks shapes or attributes; save the model again")
     manifest["shapes"] = {n: tuple(s) for n, s in manifest["shapes"].items()}
     try:
         widest = max((max(s, default=1) for s in manifest["shapes"].values()), default=0)
@@ -70,6 +72,7 @@ _FIELDS = {
     "keep": dict,
     "dropped": dict,
     "tables": dict,
+    "unpruned": dict,
     "sha256": dict,
 }
 

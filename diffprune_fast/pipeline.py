@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from .depth.shallower import prune_shallower
-from .pipelines import opened
+from .pipelines import example_call, is_pipeline, opened
 from .result import PruneResult
 from .scoring import first_call, score
 from .selection import select
-from .slicing import dry_run, prune
+from .slicing import check_optimizer, dry_run, prune
 from .tracing import Plan, trace
 from .tracing.inputs import knows_inputs
 
@@ -43,16 +43,17 @@ def score_and_prune(
 ) -> PruneResult:
     """Make a trained diffusion model smaller: remove the channels that its loss needs least.
 
-    model: a module, or a diffusers pipeline, of which ``component`` is pruned (None: the denoiser). loader: images as
+    model: a module (inside ``torch.compile`` the one in there, which is ``result.model``), or a diffusers pipeline, of
+    which ``component`` is pruned (None: the denoiser). loader: images as
     the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also ``(images, labels)`` pairs or dicts
     with conditioning inputs; for a pipeline images and captions, see :func:`~diffprune_fast.pipelines.encoded`.
     ratio, params, macs: the budget, one of them; nothing is ``ratio=0.3``. units: whether dims or whole heads of
     attentions go, see :func:`trace`. ``inplace=False`` leaves the model alone and prunes a copy. example_inputs: as in
-    :func:`trace`; where a class isn't known the loader's first batch serves. plan: what :func:`trace` gave, if it is
-    there already. drop_blocks: whole residual blocks go first, so many of those that cost least, or the ones named (see
-    :func:`drop_blocks`); a share asked of params or macs is one of the whole model. Further options are those of
-    :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select` (``ranking``, ``round_to``,
-    ``ignore``, …).
+    :func:`trace`; where a class isn't known the loader's first batch serves, or the pipeline's own call. plan: what
+    :func:`trace` gave, if it is there already. drop_blocks: whole residual blocks go first, so many of those that cost
+    least, or the ones named (see :func:`drop_blocks`); a share asked of params or macs is one of the whole model.
+    Further options are those of :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select`
+    (``ranking``, ``round_to``, ``ignore``, …).
 
     The budget and the slicing are rehearsed before the scores are computed, and nothing of the model changes before
     everything is checked: if this raises, the model is as it was.
@@ -64,10 +65,15 @@ def score_and_prune(
     Source: Fang, Ma, Wang: Structural Pruning for Diffusion Models (NeurIPS 2023, arXiv 2305.10924).
     """
     _sorted_out(options)  # an unknown name fails before anything else
+    pipe = model
     model, loader, options, put_back = opened(model, component, loader, options)
-    if example_inputs is None and loader is not None and not knows_inputs(model):
-        how = {name: options.get(name) for name in ("scheduler", "loss_fn")}
-        example_inputs, loader = first_call(model, loader, seed=seed, **how)
+    check_optimizer(model, optimizer, inplace)
+    if example_inputs is None and not knows_inputs(model):
+        if loader is not None:
+            how = {name: options.get(name) for name in ("scheduler", "loss_fn")}
+            example_inputs, loader = first_call(model, loader, seed=seed, **how)
+        elif is_pipeline(pipe):
+            example_inputs = example_call(pipe, component)
     if drop_blocks is not None and plan is not None:
         raise ValueError("drop_blocks changes what goes together: leave out plan, it is traced without the blocks")
 
@@ -111,7 +117,8 @@ def prune_channels(
     traced = time.perf_counter()
 
     rehearsal = select(plan, np.arange(plan.n_units) % 97 + 1.0, **budget, norm_groups=norm_groups, **selecting)
-    dry_run(model, plan, rehearsal.keep, norm_groups=norm_groups, example_inputs=example_inputs)
+    sliced = dry_run(model, plan, rehearsal.keep, norm_groups=norm_groups, example_inputs=example_inputs)
+    check_optimizer(model, optimizer, inplace, {name for name, _ in sliced.kept})
     rehearsed = time.perf_counter()
 
     scores = score(model, loader, plan, seed=seed, **scoring)

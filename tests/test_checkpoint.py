@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from models import Transformer
 from random_plans import chain
 from torch import nn
 
@@ -21,6 +22,7 @@ from diffprune_fast.selection import select
 from diffprune_fast.slicing import prune
 from diffprune_fast.tracing import trace
 
+IDS = (torch.arange(12)[None],)
 SMALL = {
     "sample_size": 8,
     "block_out_channels": (16, 32),
@@ -392,3 +394,34 @@ def test_diffusers_own_save_pretrained_writes_the_pruned_model(tmp_path):
     assert not from_pretrained(tmp_path / "zeros").conv_in.weight.any()
     with pytest.raises(ValueError, match="one safetensors file, without"):
         model.save_pretrained(tmp_path / "parts", max_shard_size="1MB")
+
+
+def pruned_transformer(directory, **settings):
+    torch.manual_seed(0)
+    model = Transformer(**settings)
+    plan = trace(model, IDS)
+    chosen = select(plan, np.random.default_rng(0).random(plan.n_units), ratio=0.5, round_to=1)
+    prune(model, plan, chosen.keep, example_inputs=IDS).save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"), [({"heads": 8}, r"heads is 8, it was 4"), ({"dim": 64}, r"is \(.*64.*\), it was \(.*32.*\)")]
+)
+def test_an_instance_of_another_architecture_is_refused(settings, says, tmp_path):
+    model = pruned_transformer(tmp_path)
+    with pytest.raises(CheckpointError, match=f"the given Transformer is not the model that was pruned: its .*{says}"):
+        from_pretrained(tmp_path, Transformer(**settings))
+    assert torch.equal(from_pretrained(tmp_path, Transformer())(*IDS), model(*IDS))
+
+
+def test_a_plain_module_pruned_twice_loads_into_the_unpruned_one(tmp_path):
+    model = pruned_transformer(tmp_path / "once")
+    for again in (model, from_pretrained(tmp_path / "once", Transformer())):
+        plan = trace(again, IDS)
+        keep = {plan.groups[0].name: np.arange(plan.groups[0].n_units - 1)}
+        prune(again, plan, keep, example_inputs=IDS).save_pretrained(tmp_path / "twice")
+        loaded = from_pretrained(tmp_path / "twice", Transformer())
+        assert torch.equal(loaded(*IDS), again(*IDS))
+        widths = [(m.in_features, m.out_features) for m in loaded.modules() if isinstance(m, nn.Linear)]
+        assert widths == [(m.weight.shape[1], m.weight.shape[0]) for m in loaded.modules() if isinstance(m, nn.Linear)]

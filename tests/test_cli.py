@@ -159,12 +159,26 @@ def test_wrong_folders_are_one_line(model_dir, images, tmp_path):
     out = ("--out", tmp_path / "out")
     assert "is not a folder: download" in one_error(run("trace", tmp_path / "nowhere"))
     assert "config.json is missing" in one_error(run("trace", images))
-    (model_dir.parent / "model_index.json").write_text("{}")
-    assert "is a pipeline: give the folder of one of its models (unet)" in one_error(run("trace", model_dir.parent))
     assert "needs a folder of training images" in one_error(run("prune", model_dir, *out))
     assert "is not a folder of images" in one_error(run("prune", model_dir, *out, "--images", "nowhere"))
     assert "holds no images" in one_error(run("prune", model_dir, *out, "--images", model_dir))
-    assert "own folder" in one_error(run("prune", model_dir, "--out", model_dir, "--images", images))
+    for inside in (model_dir, model_dir / "pruned"):
+        assert "own folder" in one_error(run("prune", model_dir, "--out", inside, "--images", images))
+    (model_dir.parent / "model_index.json").write_text("{}")
+    assert "names None, which is no pipeline" in one_error(run("trace", model_dir.parent))
+    assert "own folder" in one_error(run("prune", model_dir, "--out", model_dir.parent / "vae", "--images", images))
+
+
+def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("diffprune_fast.cli._load", loaded.append)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "file").write_text("")
+    common = ("prune", tmp_path / "model", "--criterion", "random")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "file is a file, choose another folder" in one_error(run(*common, "--out", out))
+    assert "give one budget" in one_error(run(*common, "--out", tmp_path / "o", "--ratio", 0.3, "--macs", 0.5))
+    assert not loaded
 
 
 def test_damaged_models_are_one_line(model_dir, tmp_path):

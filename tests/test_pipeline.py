@@ -117,6 +117,28 @@ def test_optimizer_goes_on_after_pruning() -> None:
     assert torch.isfinite(model.conv_in.weight).all()
 
 
+@pytest.mark.parametrize("wrong", ["Adafactor", "copy", "other"])
+def test_an_optimizer_that_cannot_follow_is_refused_before_scoring(wrong: str) -> None:
+    model = tiny()
+    optimizer: Any = torch.optim.Adafactor(model.parameters())
+    model(torch.randn(1, 3, 16, 16), 10).sample.square().mean().backward()
+    optimizer.step()
+    if wrong == "other":
+        optimizer = torch.optim.SGD(tiny().parameters(), lr=0.1)
+    drawn: list[int] = []
+
+    class Loader:
+        def __iter__(self) -> Any:
+            drawn.append(1)
+            return iter(images())
+
+    before = state(model)
+    with pytest.raises(dpf.slicing.SliceError, match={"copy": "inplace=False"}.get(wrong, "optimizer")):
+        dpf.score_and_prune(model, Loader(), optimizer=optimizer, inplace=wrong != "copy", **QUICK)
+    assert not drawn
+    assert unchanged(model, before)
+
+
 def test_gradient_of_pruned_model_is_that_of_its_loss() -> None:
     """A pruned model trains: its gradients agree with finite differences."""
     model = dpf.score_and_prune(tiny(), images(), **QUICK).model.double()
@@ -142,6 +164,7 @@ WRONG = {
     "unknown budget": ({"flops": 0.5}, TypeError, "unknown option 'flops'"),
     "typing mistake": ({"rankings": "global"}, TypeError, "did you mean 'ranking'"),
     "out of reach": ({"macs": 1e-6}, ValueError, "can't be met"),
+    "more than the whole": ({"macs": 1.5}, ValueError, r"macs=1.5 \(a number of MACs, as it is above 1\) can't be met"),
     "unknown estimator": ({"estimator": "exact"}, ValueError, "estimator"),
     "unknown mode": ({"norm_groups": "some"}, ValueError, "norm_groups"),
 }
@@ -157,9 +180,24 @@ def test_wrong_option_is_one_clear_error_and_the_model_untouched(name: str) -> N
     assert unchanged(model, before)
 
 
+def test_a_compiled_model_is_the_one_inside() -> None:
+    model = tiny()
+    result = dpf.score_and_prune(torch.compile(model), images(), **QUICK)
+    assert result.model is model
+    assert result.after.params == sum(p.numel() for p in model.parameters()) < result.before.params
+
+
+def test_what_is_no_model_or_no_call_is_said() -> None:
+    with pytest.raises(TypeError, match=r"the model is a str: give a torch.nn.Module or a diffusers pipeline"):
+        dpf.score_and_prune("path/to/model", images())
+    with pytest.raises(TypeError, match=r"example_inputs is a list: give a tuple"):
+        dpf.score_and_prune(tiny(), images(), example_inputs=[torch.zeros(1, 3, 16, 16), torch.tensor([1])])  # type: ignore[arg-type]
+
+
 LOADERS: dict[str, tuple[Any, str]] = {
     "wrong channel count": (images(channels=1), "channel"),
     "empty": ([], "empty|no batch"),
+    "images from 0 to 255": ([(images()[0] + 1) * 127.5], r"trained on \[-1, 1\]"),
     "NaN images": ([torch.full((4, 3, 16, 16), math.nan)], "NaN|finite"),
     "no loader": (None, "loader"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -313,6 +314,14 @@ def test_diffusers_loads_a_pipeline_whose_pruned_component_a_plain_config_descri
     np.testing.assert_array_equal(sampled("sd3", again), sampled("sd3", pipe))
 
 
+def test_loading_does_not_warn_of_what_we_call_diffusers_with(tmp_path: Any) -> None:
+    made("ddpm").save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        dpf.pipeline_from_pretrained(tmp_path, torch_dtype=torch.float16)
+    assert not [w for w in seen if "dtype" in str(w.message)]
+
+
 def test_diffusers_refuses_an_unevenly_pruned_pipeline(tmp_path: Any) -> None:
     pipe = made("ddpm")
     dpf.score_and_prune(pipe, [images()], ratio=0.3, **QUICK)
@@ -321,6 +330,16 @@ def test_diffusers_refuses_an_unevenly_pruned_pipeline(tmp_path: Any) -> None:
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="load it with pipeline_from_pretrained"):
         dpf.from_pretrained(tmp_path)
+
+
+def test_diffusers_refuses_a_pipeline_without_some_blocks(tmp_path: Any) -> None:
+    pipe = made("ddpm")
+    dpf.score_and_prune(pipe, [images()], params=0.7, drop_blocks="mid_block.resnets.0", **QUICK)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    again = dpf.pipeline_from_pretrained(tmp_path)
+    assert again.unet.num_parameters() == pipe.unet.num_parameters()
 
 
 @pytest.mark.parametrize(
@@ -664,3 +683,32 @@ def test_the_command_line_prunes_a_component_by_name(tmp_path: Any) -> None:
     wrong = CliRunner().invoke(app, [str(a) for a in [*arguments, "--component", "vae", "--out", tmp_path / "other"]])
     assert wrong.exit_code == 2
     assert "no component 'vae'" in wrong.stderr
+
+
+def test_a_denoiser_without_known_inputs_is_pruned_and_traced_by_its_pipelines_call(tmp_path: Any) -> None:
+    made("sd3").save_pretrained(tmp_path / "dense")
+    pipe = made("sd3")
+    plan = dpf.score_and_prune(pipe, loader("sd3"), ratio=0.3, inplace=False, **QUICK).plan
+    before = state(pipe)
+    result = dpf.score_and_prune(pipe, None, criterion="magnitude", ratio=0.3, inplace=False)
+    assert_same(before, state(pipe))
+    assert {n: g.n_units for n, g in zip(plan.position, plan.groups)} == {g.name: g.n_units for g in result.plan.groups}
+    for arguments in ([tmp_path / "dense"], [tmp_path / "dense" / "transformer"]):
+        traced = CliRunner().invoke(app, ["trace", *map(str, arguments)])
+        assert traced.exit_code == 0, traced.output
+        assert traced.stdout.strip() == str(result.plan)
+    out = ["--criterion", "magnitude", "--out", tmp_path / "out"]
+    alone = CliRunner().invoke(app, [str(a) for a in ["prune", tmp_path / "dense" / "transformer", *out]])
+    assert "give its pipeline's folder with --component" in alone.stderr
+    done = CliRunner().invoke(app, [str(a) for a in ["prune", tmp_path / "dense", *out]])
+    assert done.exit_code == 0, done.output
+    traced = CliRunner().invoke(app, ["trace", str(tmp_path / "out"), "--component", "vae"])
+    assert traced.stdout.startswith("Plan of AutoencoderKL")
+
+
+def test_the_command_line_says_what_has_no_loss_before_it_asks_for_images(tmp_path: Any) -> None:
+    made("stable_diffusion").save_pretrained(tmp_path / "dense")
+    arguments = ["prune", tmp_path / "dense", "--component", "text_encoder", "--out", tmp_path / "out"]
+    refused = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert refused.exit_code == 2
+    assert "text_encoder (CLIPTextModel) is neither a denoiser nor an autoencoder" in refused.stderr

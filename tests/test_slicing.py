@@ -375,6 +375,50 @@ def test_copy_with_an_optimizer_is_refused() -> None:
         dpf.prune(model, plan, keep, inplace=False, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [(torch.optim.Adam, {"amsgrad": True}), (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})]
+)
+def test_moments_follow_the_softmax_scale_as_gradients_do(kind: Any, options: dict[str, Any]) -> None:
+    model = Transformer()
+    weight = model.blocks[0].qkv[0].weight
+    optimizer = kind(model.parameters(), **options)
+    model(*IDS).square().mean().backward()
+    optimizer.step()
+    powers = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2, "momentum_buffer": -1}
+    before = {k: v.clone() for k, v in optimizer.state[weight].items() if k in powers}
+    assert before
+    heads = np.concatenate([8 * h + np.arange(2) for h in range(4)])
+    keep = {"blocks.0.qkv.0": heads, "blocks.0.qkv.2": heads}
+    dpf.prune(model, dpf.trace(model, IDS), keep, optimizer=optimizer, example_inputs=IDS)
+    for name, moment in before.items():
+        torch.testing.assert_close(optimizer.state[weight][name], moment[heads] * (2 / 8) ** (powers[name] / 2))
+    model(*IDS).square().mean().backward()
+    optimizer.step()
+
+
+def test_state_of_another_shape_is_refused_only_where_it_would_be_sliced() -> None:
+    model = small_unet()
+    plan, keep = pruned_state(model)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.randn(1, 3, 16, 16), 1).sample.mean().backward()
+    optimizer.step()
+    before = snapshot(model)
+    with pytest.raises(SliceError, match=r"Adafactor keeps '\w+' of [\w.]+ in another shape"):
+        dpf.prune(model, plan, keep, norm_groups="exact", optimizer=optimizer)
+    assert_same(model, before)
+    dpf.prune(model, plan, {}, optimizer=optimizer)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model = small_unet()
+    plan, keep = pruned_state(model)
+    other = torch.optim.SGD(small_unet().parameters(), lr=0.1)
+    before = snapshot(model)
+    with pytest.raises(SliceError, match=r"the optimizer \(SGD\) holds none of the parameters of UNet2DModel"):
+        dpf.prune(model, plan, keep, norm_groups="exact", optimizer=other)
+    assert_same(model, before)
+
+
 def test_dry_run_says_what_would_come_out() -> None:
     model = small_unet()
     plan, keep = pruned_state(model)

@@ -17,8 +17,10 @@ from torch import nn
 
 from ..plain_config import build_on_meta, own_config, shapes_of
 from ..result import Complexity, PruneResult
+from ..slicing import check_optimizer
 from ..tracing import TraceError, trace
 from ..tracing.inputs import calls_of
+from ..unpruned import before_pruning, note
 from .blocks import Block, complexity_of, find_blocks, put_passthroughs, walked
 from .computation import computation
 from .passthrough import Passthrough
@@ -46,11 +48,11 @@ def drop_blocks(
     :class:`Passthrough` without weights stays in the block's place, and :func:`from_pretrained` puts it there again.
 
     Raises:
-        DepthError: a name that is no residual block of this model. TraceError: the model can't be followed.
+        DepthError: a name that is no residual block of this model. SliceError: the optimizer isn't this model's.
+        TraceError: the model can't be followed.
     """
+    check_optimizer(model, optimizer, inplace)
     if not inplace:
-        if optimizer is not None:
-            raise DepthError("an optimizer can't follow inplace=False: it holds the original's parameters")
         model = copy.deepcopy(model)
     blocks = find_blocks(model, example_inputs)
     chosen = named(blocks, [names] if isinstance(names, str) else names)
@@ -60,6 +62,7 @@ def drop_blocks(
         plan = trace(model, example_inputs)
     if optimizer is not None:
         forget(optimizer, old, model)
+    note(model, before_pruning(model, plan))
     after = Complexity(plan.params(), plan.macs())
     from ..checkpoint import saved_as_pruned  # it loads what is dropped here
 

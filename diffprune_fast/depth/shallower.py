@@ -40,8 +40,6 @@ def prune_shallower(
     """
     parse_budget(budget)
     if not inplace:
-        if optimizer is not None:
-            raise ValueError("an optimizer can't follow inplace=False: it holds the original's parameters")
         model = copy.deepcopy(model)
     begin = time.perf_counter()
     chosen, scores = _chosen(model, loader, blocks, example_inputs, {"seed": seed, **options})

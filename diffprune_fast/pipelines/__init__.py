@@ -6,17 +6,21 @@ denoiser takes (``latents``: the part about images), ``saving`` writes and reads
 
 from __future__ import annotations
 
-from .components import find_component, image_shape, is_pipeline, takes_captions
-from .encoding import encoded
+from .components import DENOISERS, find_component, image_shape, is_pipeline, takes_captions
+from .encoding import check_known, encoded, example_call
 from .opening import opened
-from .saving import pipeline_from_pretrained
+from .saving import pipeline_from_pretrained, read_index
 
 __all__ = [
+    "DENOISERS",
+    "check_known",
     "encoded",
+    "example_call",
     "find_component",
     "image_shape",
     "is_pipeline",
     "opened",
     "pipeline_from_pretrained",
+    "read_index",
     "takes_captions",
 ]

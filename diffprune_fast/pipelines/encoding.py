@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from ..evaluation.modes import in_mode
 from ..scoring.batches import as_loader, check_images
-from ..scoring.calls import recorded_call
-from ..scoring.conditioning import LABEL_KEYS, TIMESTEP_NAMES, is_autoencoder, signature_of, wants_labels
+from ..scoring.calls import first_call, recorded_call
+from ..scoring.conditioning import LABEL_KEYS, TIMESTEP_NAMES, is_autoencoder, moved, signature_of, wants_labels
 from ..scoring.objectives import make_objective
-from .components import autoencoder_of, find_component, modules_of
-from .latents import as_they_are, decodes, normalised, packed, raw_latents, upcast
+from .components import autoencoder_of, find_component, image_shape, modules_of
+from .latents import as_they_are, as_video, decodes, normalised, packed, raw_latents, upcast
 
 IMAGE_KEYS = ("images", "image", "pixel_values")
 CAPTION_KEYS = ("prompt", "prompts", "caption", "captions", "text", "texts")
@@ -31,6 +32,9 @@ SETTINGS: Mapping[str, Any] = {"num_inference_steps": 2, "use_resolution_binning
 
 # Between the pipeline's first time and the loss's: half precision rounds by .004; units and directions differ by more.
 TIME_TOLERANCE = 0.01
+
+# Of an example image, in pixels, where neither pipeline nor denoiser says what size it makes.
+DEFAULT_SIZE = 256
 
 
 def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[Any]:
@@ -44,18 +48,38 @@ def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[An
     Raises ValueError for a component that is neither, and for a pipeline that can't be asked what its denoiser takes.
     """
     name, model = find_component(pipe, component)
-    encode: Callable[[Any], Any]
-    if is_autoencoder(model):
-        encode = images_alone
-    elif not set(TIMESTEP_NAMES).isdisjoint(inspect.signature(model.forward).parameters):
-        encode = Encoder(pipe, name, model)
-    else:
-        raise ValueError(
-            f"{name} ({type(model).__name__}) is neither a denoiser nor an autoencoder: its loss is not known, pass "
-            "loss_fn(model, batch, t, noise)"
-        )
+    check_known(name, model)
+    encode: Callable[[Any], Any] = images_alone if is_autoencoder(model) else Encoder(pipe, name, model)
     loader = as_loader(loader)
     return map(encode, loader) if isinstance(loader, Iterator) else Encoded(loader, encode)
+
+
+def check_known(name: str, model: nn.Module) -> None:
+    """Raises ValueError for a component that is neither a denoiser nor an autoencoder."""
+    if is_autoencoder(model) or not set(TIMESTEP_NAMES).isdisjoint(inspect.signature(model.forward).parameters):
+        return
+    raise ValueError(
+        f"{name} ({type(model).__name__}) is neither a denoiser nor an autoencoder: its loss is not known, pass "
+        "loss_fn(model, batch, t, noise)"
+    )
+
+
+def example_call(pipe: Any, component: str | None = None) -> Any:
+    """What :func:`trace` needs, as ``pipe`` calls its component: one black image, an empty caption, class 0.
+
+    Raises ValueError for a component that is neither a denoiser nor an autoencoder, and for a pipeline that can't be
+    called so.
+    """
+    name, model = find_component(pipe, component)
+    check_known(name, model)
+    channels, size = image_shape(pipe)
+    image = torch.zeros(1, channels, size or DEFAULT_SIZE, size or DEFAULT_SIZE)
+    if is_autoencoder(model):
+        return first_call(model, [as_video(model, image)])[0]
+    encoder = Encoder(pipe, name, model)
+    given = {"prompt": [""], "class_labels": [0]}
+    called = moved(encoder.recorded(image, {k: v for k, v in given.items() if k in encoder.known}), torch.device("cpu"))
+    return {k: v for k, v in called.items() if v is not None}
 
 
 class Encoded:
@@ -99,10 +123,10 @@ class Encoder:
         for what in ("prompt", "class_labels"):
             if len(given.get(what, images)) != len(images):
                 raise ValueError(f"the batch has {len(images)} images, but {len(given[what])} entries of {what!r}")
-        with torch.no_grad(), in_mode(nn.ModuleList(modules_of(self.pipe).values()), training=False):
-            inputs = recorded_call(self.model, lambda: self._call(self.pipe, images, given))
-            signature = signature_of(self.model)
-            noisy = inputs[signature.sample]
+        signature = signature_of(self.model)
+        inputs = self.recorded(images, given)
+        noisy = inputs[signature.sample]
+        with self._encoding():
             latents = images if self.vae is None else self._latents(images, given, noisy)
         self._check_shape(images, latents, noisy)
         if not self.checked:
@@ -116,6 +140,16 @@ class Encoder:
             signature.sample: latents,
             **{k: v for k, v in inputs.items() if k not in dropped and v is not None},
         }
+
+    def recorded(self, images: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the pipeline calls its denoiser with first, by name, when it is to make as many images of that size."""
+        with self._encoding():
+            return recorded_call(self.model, lambda: self._call(self.pipe, images, given))
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        with torch.no_grad(), in_mode(nn.ModuleList(modules_of(self.pipe).values()), training=False):
+            yield
 
     def _latents(self, images: Tensor, given: Mapping[str, Any], noisy: Tensor) -> Tensor:
         """The images' latents as the denoiser knows them. With the first batch it is found out how that is."""

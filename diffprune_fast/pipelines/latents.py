@@ -33,11 +33,15 @@ def raw_latents(vae: nn.Module, images: Tensor) -> Tensor:
 
     Drawn from the CPU's global generator, which scoring seeds: the same numbers for every device.
     """
-    if images.ndim == 4 and any(isinstance(m, nn.Conv3d) for m in vae.modules()):
-        images = images.unsqueeze(2)
+    images = as_video(vae, images)
     device = next(vae.parameters()).device
     encoded = vae.encode(images.to(device, dtype_of(vae)))  # type: ignore[operator]
     return latents_of(encoded, torch.default_generator).float()
+
+
+def as_video(vae: nn.Module, images: Tensor) -> Tensor:
+    """Images as videos of one frame, where the VAE is one of videos."""
+    return images.unsqueeze(2) if images.ndim == 4 and any(isinstance(m, nn.Conv3d) for m in vae.modules()) else images
 
 
 def normalised(vae: nn.Module, latents: Tensor) -> Tensor:

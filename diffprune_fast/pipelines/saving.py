@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def pipeline_from_pretrained(
     import diffusers
 
     directory = Path(directory)
-    index = _checked_index(directory)
+    index = read_index(directory)
     dtype = torch_dtype or torch.float32
     parts = {name: directory / name for name in index if (directory / name / MANIFEST).is_file()}
     pruned: dict[str, Any] = {name: from_pretrained(p, verify=verify) for name, p in parts.items()}
@@ -59,16 +60,21 @@ def pipeline_from_pretrained(
         if dtype_of(model) != dtype:
             model.to(dtype)
     try:
-        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
-            str(directory), torch_dtype=dtype, use_safetensors=True, local_files_only=True, **pruned
-        )
+        with warnings.catch_warnings():  # newer versions call it dtype, and say so; older ones don't know that name
+            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
+            pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
+                str(directory), torch_dtype=dtype, use_safetensors=True, local_files_only=True, **pruned
+            )
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as e:
         raise CheckpointError(f"the pipeline in {directory} can't be loaded: {e}") from e
     return pipe if device is None else pipe.to(device)
 
 
-def _checked_index(directory: Path) -> dict[str, Any]:
-    """The contents of ``model_index.json``, which may name classes of diffusers and transformers only."""
+def read_index(directory: Path) -> dict[str, Any]:
+    """The contents of ``model_index.json``, which may name classes of diffusers and transformers only.
+
+    Raises CheckpointError.
+    """
     import diffusers
 
     path = directory / INDEX

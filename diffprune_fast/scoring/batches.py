@@ -14,6 +14,8 @@ from .objectives import LossFunction, images_of
 
 # What a loader that can be walked only once may leave in memory, to be seen again.
 CACHE_BYTES = 1 << 30
+# No image in [0, 1] is as bright, and nearly all from 0 to 255 are brighter.
+BRIGHTEST = 2.0
 EMPTY = "the loader is empty: scoring needs at least one batch of images"
 
 
@@ -106,7 +108,8 @@ def check_batch(model: nn.Module, batch: Any, loss_fn: LossFunction | None = Non
 def check_images(model: nn.Module, batch: Any, *, channels: bool = True) -> None:
     """Raise ValueError unless the batch's images are finite floats with the model's number of channels.
 
-    channels: False skips the comparison with ``model.config.in_channels`` (a custom ``loss_fn`` may add channels).
+    channels: False skips the comparison with ``model.config.in_channels`` (a custom ``loss_fn`` may add channels), and
+    lets pass images from 0 to 255.
     """
     images = images_of(batch)
     if not images.is_floating_point():
@@ -121,6 +124,12 @@ def check_images(model: nn.Module, batch: Any, *, channels: bool = True) -> None
         raise ValueError(
             f"the model takes images of {wanted} channels, the loader yields {images.shape[1]} "
             f"(batch of shape {tuple(images.shape)})"
+        )
+    # Latents and normalised images have negative values too.
+    if wanted in (1, 3) and float(images.amin()) >= 0 and float(images.amax()) > BRIGHTEST:
+        raise ValueError(
+            f"the loader's images go from {float(images.amin()):g} to {float(images.amax()):g}: diffusion models are "
+            "trained on [-1, 1], which x / 127.5 - 1 makes of 0 to 255 (a model trained on other numbers: loss_fn)"
         )
 
 

@@ -34,7 +34,10 @@ class Budget:
     value: float
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}" if self.value < 1 else f"{self.kind}={int(self.value):,}"
+        if self.value < 100:  # from 1 upwards most likely meant as a share or a percentage
+            note = "" if self.value < 1 else f" (a number of {UNITS[self.kind]}, as it is above 1)"
+            return f"{self.kind}={self.value:g}{note}"
+        return f"{self.kind}={int(self.value):,}"
 
     def limit(self, whole: int) -> float:
         """The most parameters or MACs that may stay of ``whole``."""

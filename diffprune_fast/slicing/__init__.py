@@ -13,11 +13,13 @@ from torch import nn
 
 from ..result import Complexity, PruneResult
 from ..tracing import Plan, Sliced, sliced_shapes
+from ..unpruned import before_pruning, note
 from .execute import slice_model
+from .optimizers import check_optimizer
 from .shapes import apply_shapes
 from .verify import SliceError, check_keep, check_model, retrace
 
-__all__ = ["SliceError", "Sliced", "apply_shapes", "dry_run", "prune", "sliced_shapes"]
+__all__ = ["SliceError", "Sliced", "apply_shapes", "check_optimizer", "dry_run", "prune", "sliced_shapes"]
 
 
 def dry_run(
@@ -58,24 +60,27 @@ def prune(
 
     keep: group name to the sorted indices of the units that stay, ``(n_kept,)`` integers; groups that aren't named
     stay whole. norm_groups: ``"exact"`` (every GroupNorm group keeps its members) or ``"count"`` (only divisibility).
-    ``inplace=False`` prunes a copy. ``optimizer``: its per-element state is sliced too. ``example_inputs``: what
-    :func:`trace` was given, if it was.
+    ``inplace=False`` prunes a copy. ``optimizer``: its per-element state is sliced too; state of another shape
+    (factored moments, as Adafactor's) is refused. ``example_inputs``: what :func:`trace` was given, if it was.
 
     Parameters keep their identity (optimisers, hooks and ties stay valid), their dtype, device, memory format and
     ``requires_grad``; gradients are sliced with them. Where the softmax scale follows the head size, the weights that
-    feed the queries take the correction, so that nothing but the removed channels changes.
+    feed the queries take the correction, so that nothing but the removed channels changes; their gradients and moments
+    (``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``, ``momentum_buffer``) take the inverse, other state stays.
 
     Raises:
         SliceError: something doesn't fit. Everything is checked before the first byte changes.
     """
+    check_optimizer(model, optimizer, inplace)
     started = time.perf_counter()
     sliced = dry_run(model, plan, keep, norm_groups=norm_groups, example_inputs=example_inputs)
+    check_optimizer(model, optimizer, inplace, {name for name, _ in sliced.kept})
     checked = time.perf_counter()
     if not inplace:
-        if optimizer is not None:
-            raise SliceError("an optimizer can't be sliced with inplace=False: it holds the original's parameters")
         model = copy.deepcopy(model)
+    before = before_pruning(model, plan)
     slice_model(model, plan, sliced, optimizer, backend)
+    note(model, before)
     done = time.perf_counter()
     counts = plan.counts(sliced.keep)
     result = PruneResult(

@@ -12,6 +12,7 @@ from .. import ops
 from ..position_tables import keep_columns
 from ..tracing import Plan, Sliced
 from ..tracing.gate import alive_units
+from .optimizers import state_of
 from .shapes import tables
 
 
@@ -32,12 +33,11 @@ def slice_model(
             continue
         keep = {dim: torch.from_numpy(index) for dim, index in wanted.pop(name, {}).items()}
         scale = _row_scale(t, keep, factors.pop(name, []))
-        for x in (t, t.grad, *_state_of(optimizer, t)):
+        # a weight that grew by a factor has a gradient that shrank by it
+        for x, power in ((t, 1), (t.grad, -1), *state_of(optimizer, t)):
             if x is not None:
-                # a weight that grew by a factor has a gradient that shrank by it
-                rows_scale = scale if x is t or scale is None else 1 / scale if x is t.grad else None
                 tensors.append(x)
-                slices.append(ops.Slice(keep, rows_scale))
+                slices.append(ops.Slice(keep, scale**power if scale is not None and power else None))
     ops.slice_channels_(tensors, slices, backend=backend)
     modules = dict(model.named_modules())
     for path, value in sliced.attributes.items():
@@ -54,14 +54,6 @@ def _row_scale(t: Tensor, keep: dict[int, Tensor], factors: list[tuple[np.ndarra
     for rows, factor in factors:
         scale[torch.from_numpy(rows)] *= factor
     return scale
-
-
-def _state_of(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> list[Tensor]:
-    """The optimiser's tensors of a parameter's shape (moments); step counters and the like stay."""
-    if optimizer is None or parameter not in optimizer.state:
-        return []
-    state = optimizer.state[parameter]
-    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
 
 
 def scale_factors(plan: Plan, sliced: Sliced) -> list[tuple[str, np.ndarray, float]]:

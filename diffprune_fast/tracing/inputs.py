@@ -15,9 +15,14 @@ def calls_of(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] 
     """The calls to trace: the user's inputs to ``forward``, or what the model's class is known to take.
 
     Raises:
-        ValueError: nothing was given and the class isn't known.
+        ValueError: nothing was given and the class isn't known. TypeError: a list.
     """
     if isinstance(example_inputs, list):
+        if not all(isinstance(call, tuple) and len(call) == 3 and isinstance(call[0], str) for call in example_inputs):
+            raise TypeError(
+                "example_inputs is a list: give a tuple of the forward's positional arguments or a dict of its keyword "
+                "arguments"
+            )
         return example_inputs  # calls already: of an autoencoder, say, encode and decode
     if isinstance(example_inputs, dict):
         return [("forward", (), dict(example_inputs))]
