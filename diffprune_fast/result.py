@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from .tracing import Plan
+from .tracing import Plan, unreached
 
 if TYPE_CHECKING:
     from .depth import BlockScores
@@ -79,4 +79,10 @@ class PruneResult:
         lines.append(f"norm groups: {self.norm_groups}")
         if self.scores is not None and self.scores.agreement is not None:
             lines.append(f"split-half agreement: {self.scores.agreement:.3f} after {self.scores.samples} samples")
+        if aside := unreached(self.plan):
+            first = ", ".join(aside[:3]) + (", …" if len(aside) > 3 else "")
+            lines.append(
+                f"note:   {len(aside)} parameters were not reached by the example call ({first}): calls that use them "
+                "won't fit"
+            )
         return "\n".join(lines)

@@ -194,6 +194,29 @@ def test_what_is_no_model_or_no_call_is_said() -> None:
         dpf.score_and_prune(tiny(), images(), example_inputs=[torch.zeros(1, 3, 16, 16), torch.tensor([1])])  # type: ignore[arg-type]
 
 
+class WithExtra(nn.Module):
+    """An input that may be left out, and a number that isn't used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.extra = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 3, 3, 1, 1), nn.Linear(5, 16)
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.first(x)
+        return self.last(h if extra is None else h + self.extra(extra)[:, :, None, None])
+
+
+def test_parameters_that_the_example_call_does_not_reach_are_named() -> None:
+    x, extra = torch.zeros(1, 3, 8, 8), torch.zeros(1, 5)
+    without = dpf.score_and_prune(WithExtra(), None, criterion="magnitude", example_inputs=(x,))
+    assert "note:   2 parameters were not reached by the example call (extra.weight, extra.bias)" in str(without)
+    assert without.model.extra.out_features == 16
+    given = dpf.score_and_prune(WithExtra(), None, criterion="magnitude", example_inputs=(x, extra))
+    assert "not reached" not in str(given)
+    assert given.model(x, extra).shape == x.shape
+
+
 LOADERS: dict[str, tuple[Any, str]] = {
     "wrong channel count": (images(channels=1), "channel"),
     "empty": ([], "empty|no batch"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from .errors import TraceError
 from .gate import GateError, Sliced, pass_gate, sliced_shapes, units_of_nodes
-from .grouping import build_plan
+from .grouping import build_plan, unreached
 from .heads import UNITS, Heads, heads_to_take_whole, reach
 from .inputs import calls_of
 from .labels import Graph
@@ -32,6 +32,7 @@ __all__ = [
     "pass_gate",
     "sliced_shapes",
     "trace",
+    "unreached",
 ]
 
 

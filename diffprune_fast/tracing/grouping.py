@@ -194,6 +194,15 @@ def _frozen(
     return found
 
 
+def unreached(plan: Plan) -> list[str]:
+    """Parameters of more than one element that the traced calls didn't use: they keep all their channels."""
+    reasons: dict[str, set[str]] = {}
+    for place, reason in plan.frozen.items():
+        reasons.setdefault(place.rpartition(":")[0], set()).add(reason)
+    sliced = {m.parameter for g in plan.groups for m in g.members} | plan.buffers
+    return [n for n, s in plan.shapes.items() if reasons.get(n) == {UNUSED} and n not in sliced and max(s) > 1]
+
+
 def _extents(
     model: nn.Module, walk: Walk, unit_of: np.ndarray, offsets: np.ndarray, groups: tuple[Group, ...]
 ) -> tuple[Extents, tuple[Cost, ...], tuple[Attribute, ...]]:
