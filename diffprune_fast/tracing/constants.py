@@ -20,6 +20,7 @@ _MADE = {
     "arange": "ids",
 }
 _VIEWS = "alias detach view reshape expand unsqueeze squeeze slice select transpose permute t contiguous to"
+_IS_VIEW = frozenset(_VIEWS.split())
 
 
 @dataclass
@@ -47,7 +48,7 @@ def follow(func: Any, args: Any, tensors: Sequence[Tensor]) -> Made | None:
     if not known:
         return None
     view = any(r.alias_info is not None for r in func._schema.returns)
-    if view and not func._schema.is_mutable and name in _VIEWS.split() and _content(args[0]) in ("zero", "uniform"):
+    if view and not func._schema.is_mutable and name in _IS_VIEW and _content(args[0]) in ("zero", "uniform"):
         return known[0]
     diagonal = name == "index_put_" and _content(args[0]) == "zero" and _fills_diagonal(*args[:3])
     if view:  # a write, or an alias that may be written to

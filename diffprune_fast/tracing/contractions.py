@@ -73,7 +73,6 @@ def linear(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 @rule("mm", "bmm", "addmm", "baddbmm")
 def matrix_product(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
-    walk.constant(func, args, kwargs)
     bias = args[0] if name in ("addmm", "baddbmm") and kwargs.get("beta", 1) != 0 else None
     a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
     if a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
@@ -242,8 +241,6 @@ def scaled_dot_product_attention(walk: Walk, func: Any, args: tuple[Any, ...], k
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         return walk.run(func, args, kwargs)  # raises PyTorch's own error
     out = shell((*q.shape[:-1], v.shape[-1]), q)
-    if named.get("scale") is not None:
-        walk.constant(func, (q, k, float(named["scale"])), {})
     walk.attend(q, k, v)
     lq, lk, lv = _layers(walk, q), _layers(walk, k), _layers(walk, v)
     batch = tuple(q.shape[:-2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .errors import where_in
+from .errors import TraceError, where_in
 from .grouping import free_rows
 from .labels import Graph
 from .nodes import Nodes
+from .numbers import Step, changed
 from .plan import Plan
 from .walk import Calls, Walk
 
@@ -158,13 +159,23 @@ def _attributes_set(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator
             setattr(module, name, value)
 
 
-def pass_gate(model: nn.Module, plan: Plan, sliced: Sliced, norm_groups: str, calls: Calls) -> None:
+def pass_gate(
+    model: nn.Module,
+    plan: Plan,
+    sliced: Sliced,
+    norm_groups: str,
+    calls: Calls,
+    steps: Sequence[Step] | None = None,
+) -> None:
     """Walk the sliced model on meta against the plan; nothing of the model changes.
 
+    steps: what the unsliced model computes in these calls; without them it is walked as well.
+
     Raises:
-        GateError: it would not run, or channels, norm groups, heads or constants would not be what they were.
+        GateError: it would not run, or channels, norm groups, heads or numbers would not be what they were.
     """
     nodes = Nodes.of(model)
+    steps = _unsliced(model, plan, nodes, norm_groups, calls) if steps is None else steps
     gate = Gate(nodes, plan, sliced, norm_groups)
     walk = Walk(model, nodes, gate)
     with _attributes_set(model, sliced.attributes):
@@ -180,7 +191,21 @@ def pass_gate(model: nn.Module, plan: Plan, sliced: Sliced, norm_groups: str, ca
                 *_failed(walk),
             ) from error
     gate.compare()
-    _compare_constants(walk, plan)
+    found = changed(steps, walk.steps)
+    if found is not None:
+        step, what = found
+        message = f"after slicing, {what} used in {step.place} would change: it follows the width of the model"
+        raise GateError(message, step.nodes)
+
+
+def _unsliced(model: nn.Module, plan: Plan, nodes: Nodes, norm_groups: str, calls: Calls) -> list[Step]:
+    """What the model computes as it is."""
+    walk = Walk(model, nodes, Gate(nodes, plan, sliced_shapes(model, plan, {}), norm_groups))
+    try:
+        walk.follow(model, calls)
+    except TraceError as error:
+        raise GateError(str(error), np.zeros(0, np.int32)) from error
+    return walk.steps
 
 
 def _failed(walk: Walk) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -190,13 +215,3 @@ def _failed(walk: Walk) -> tuple[np.ndarray, tuple[int, ...]]:
     nodes = [x.reshape(-1) for found in labels if found is not None for x in found.layers]
     sizes = [n for a in args if isinstance(a, (list, tuple)) for n in a if isinstance(n, int)]
     return np.concatenate(nodes) if nodes else np.zeros(0, np.int32), tuple(sizes)
-
-
-def _compare_constants(walk: Walk, plan: Plan) -> None:
-    """The plan's numbers in their order; a forward that has cached its tables since uses fewer of them."""
-    expected = iter(plan.constants)
-    for number, nodes in zip(walk.constants, walk.constant_nodes):
-        if not any(number == other for other in expected):
-            raise GateError(
-                f"after slicing, a number used in {number[0]} would change: it follows the width of the model", nodes
-            )

@@ -42,7 +42,6 @@ def build_plan(model: nn.Module, walk: Walk) -> Plan:
         attributes=attributes,
         costs=costs,
         extents=extents,
-        constants=tuple(walk.constants),
     )
 
 

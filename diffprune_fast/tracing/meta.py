@@ -20,7 +20,7 @@ from .nodes import Nodes
 @contextmanager
 def like_a_device() -> Iterator[None]:
     """Autocast does nothing on meta (labels have no dtype), and numbers that are put there stay real: they count."""
-    init, tensor = torch.autocast.__init__, torch.tensor
+    init, tensor, as_tensor = torch.autocast.__init__, torch.tensor, torch.as_tensor
 
     def autocast(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
         if device_type == "meta":
@@ -33,11 +33,19 @@ def like_a_device() -> Iterator[None]:
         on_meta = device is not None and torch.device(device).type == "meta"
         return tensor(data, **({**kwargs, "device": "cpu"} if on_meta else kwargs))
 
+    def real_as(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        return as_tensor(data, dtype, device) if isinstance(data, Tensor) else real(data, dtype=dtype, device=device)
+
+    def real_new(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
+        return real(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
+
     torch.autocast.__init__, torch.tensor = autocast, real  # type: ignore[method-assign, assignment]
+    torch.as_tensor, Tensor.new_tensor = real_as, real_new  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        torch.autocast.__init__, torch.tensor = init, tensor  # type: ignore[method-assign]
+        torch.autocast.__init__, torch.tensor, torch.as_tensor = init, tensor, as_tensor  # type: ignore[method-assign]
+        del Tensor.new_tensor  # ours hid the one that it inherits
 
 
 def to_meta(tree: Any) -> Any:

@@ -120,7 +120,6 @@ class Plan:
 
     groups: what can be removed. constraints: which kept counts must agree. frozen: place (``"conv_in.weight:1"``) to
     the reason why its channels stay. shapes: every parameter and floating-point buffer, by its first name.
-    constants: the numbers that the forward used, in order; a sliced model must use the same.
     """
 
     model_class: str
@@ -133,7 +132,6 @@ class Plan:
     attributes: tuple[Attribute, ...] = ()
     costs: tuple[Cost, ...] = ()
     extents: Extents = field(default_factory=lambda: Extents(np.zeros(0), np.zeros((0, 0))))
-    constants: tuple[tuple[str, float], ...] = ()
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -309,7 +307,6 @@ def _encode(plan: Plan) -> dict[str, Any]:
             for f in plan.scale_fixes
         ],
         "attributes": [[a.module, a.name, a.extent, a.power] for a in plan.attributes],
-        "constants": [list(c) for c in plan.constants],
         "costs": [[c.place, c.scale, list(c.extents), c.attention] for c in plan.costs],
         "extents": {
             "base": plan.extents.base.tolist(),
@@ -345,5 +342,4 @@ def _decode(d: Mapping[str, Any]) -> Plan:
         attributes=tuple(Attribute(*a) for a in d["attributes"]),
         costs=tuple(Cost(p, s, tuple(e), a) for p, s, e, a in d["costs"]),
         extents=Extents(base, per_group),
-        constants=tuple((p, v) for p, v in d["constants"]),
     )

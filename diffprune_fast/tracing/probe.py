@@ -28,12 +28,12 @@ def probed(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     suspects: dict[Row, set[Row]] = {}
     for turn in range(ROUNDS):
         keep = _uneven(plan, turn)
-        error = _tried(model, plan, keep, calls)
+        error = _tried(model, walk, plan, keep, calls)
         if error is None:
             return plan
         groups = _concerned(walk, plan, keep, error)
         if not groups:
-            groups = _culprits(model, plan, keep, calls, _shrunk_clusters(plan, keep))
+            groups = _culprits(model, walk, plan, keep, calls, _shrunk_clusters(plan, keep))
         reason = f"has a width that is read elsewhere ({str(error).partition('. Its forward')[0]})"
         if not groups:
             return plan
@@ -50,9 +50,9 @@ def probed(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     return plan
 
 
-def _tried(model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls) -> GateError | None:
+def _tried(model: nn.Module, walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls) -> GateError | None:
     try:
-        pass_gate(model, plan, sliced_shapes(model, plan, keep), "count", calls)
+        pass_gate(model, plan, sliced_shapes(model, plan, keep), "count", calls, walk.steps)
     except GateError as error:
         return error
     return None
@@ -69,7 +69,7 @@ def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
     for c in np.random.default_rng(turn).permutation(len(of.allowed)).tolist():
         choices, levels = of.allowed[c], int(of.levels[c])
         if len(choices) > 1:
-            chosen[c] = choices[len(choices) - 2 - seen.get(levels, 0) % (len(choices) - 1)]
+            chosen[c] = choices[(len(choices) // 2 - seen.get(levels, 0)) % (len(choices) - 1)]
             seen[levels] = seen.get(levels, 0) + 1
     stays = rank_units(of, np.random.default_rng(turn).random(plan.n_units), "independent").kept(chosen)
     return {g.name: np.flatnonzero(stays[plan.offsets[i] : plan.offsets[i + 1]]) for i, g in enumerate(plan.groups)}
@@ -83,16 +83,21 @@ def _concerned(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: Ga
 
 
 def _culprits(
-    model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls, clusters: Sequence[Sequence[str]]
+    model: nn.Module,
+    walk: Walk,
+    plan: Plan,
+    keep: Mapping[str, np.ndarray],
+    calls: Calls,
+    clusters: Sequence[Sequence[str]],
 ) -> list[str]:
     """The clusters of groups that fail on their own, by halving: for failures that name no channel."""
     part = {n: keep[n] for names in clusters for n in names}
-    if not part or _tried(model, plan, part, calls) is None:
+    if not part or _tried(model, walk, plan, part, calls) is None:
         return []
     if len(clusters) == 1:
         return list(clusters[0])
     half = len(clusters) // 2
-    found = [_culprits(model, plan, keep, calls, side) for side in (clusters[:half], clusters[half:])]
+    found = [_culprits(model, walk, plan, keep, calls, side) for side in (clusters[:half], clusters[half:])]
     return [*found[0], *found[1]]
 
 

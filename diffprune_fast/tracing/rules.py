@@ -72,10 +72,11 @@ _UNARY = """abs acos asin atan bernoulli ceil celu clamp clamp_ clamp_max clamp_
     feature_dropout floor gelu hardsigmoid hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ log log1p
     logical_not log_sigmoid mish nan_to_num native_dropout ones_like zeros_like reciprocal relu relu_ relu6 round rsqrt
     selu sigmoid sigmoid_ sign silu silu_ sin sinh softplus sqrt square tan tanh tanh_ threshold empty_like full_like
-    rand_like randn_like bitwise_not isnan isinf isfinite nan_to_num_ exp_ neg_ sqrt_ hardsigmoid_ mish_ fill_ zero_"""
+    rand_like randn_like bitwise_not isnan isinf isfinite nan_to_num_ exp_ neg_ sqrt_ square_ hardsigmoid_ mish_ fill_
+    zero_"""
 _BINARY = """add add_ sub sub_ rsub mul mul_ div div_ true_divide pow pow_ where maximum minimum fmod remainder eq ne lt
     le gt ge logical_and logical_or bitwise_and bitwise_or addcmul addcdiv lerp copy_ atan2 floor_divide masked_fill
-    masked_fill_ _prelu_kernel xor square_ clamp_min_ clamp_max_ addcmul_"""
+    masked_fill_ _prelu_kernel clamp_min_ clamp_max_ addcmul_"""
 
 
 @rule(*_IDENTITY.split())
@@ -95,8 +96,6 @@ def unary(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     hot = func in (torch.ops.aten.silu.default, torch.ops.aten.gelu.default) and x.is_meta
     out = shell(x.shape, x) if hot else walk.run(func, args, kwargs)
     labels = walk.labels(x)
-    if func.overloadpacket.__name__ not in ("fill_", "zero_"):
-        walk.constant(func, args, kwargs)
     name = func.overloadpacket.__name__
     linear = name in _LINEAR.split()
     power = raised(walk, name, args)
@@ -108,7 +107,6 @@ def unary(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @rule(*_BINARY.split())
 def elementwise(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    walk.constant(func, args, kwargs)
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     first = tensors[0]
     inplace = func._schema.is_mutable
@@ -218,8 +216,7 @@ def embedding(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "full", "scalar_tensor")
 def made(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of an operand only dtype and device count; the number that fills the tensor does."""
-    walk.constant(func, args[1:] if isinstance(args[0], Tensor) else args, kwargs)
+    """Of an operand only dtype and device count."""
     return walk.run(func, args, kwargs)
 
 

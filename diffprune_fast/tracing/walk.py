@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..position_tables import Table, table_of
-from . import constants, contractions, movement, norms, scales, statistics  # noqa: F401  (they fill RULES)
+from . import constants, contractions, movement, norms, numbers, scales, statistics  # noqa: F401  (they fill RULES)
 from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from .errors import TraceError, explained
 from .heads import DIM_ATTRIBUTES, HEAD_ATTRIBUTES, Attended
@@ -46,8 +46,7 @@ class Walk(TorchDispatchMode):
         self.attributes: dict[tuple[str, str], Layer] = {}
         self.scale_attributes: dict[tuple[str, str], Layer] = {}
         self.attended: list[Attended] = []
-        self.constants: list[tuple[str, float]] = []
-        self.constant_nodes: list[np.ndarray] = []
+        self.steps: list[numbers.Step] = []
         self.modules = {id(m): n for n, m in model.named_modules()}
         self.by_name = dict(model.named_modules())
         self.stack: list[str] = []
@@ -101,19 +100,6 @@ class Walk(TorchDispatchMode):
         for layer in labels.layers if labels is not None else ():
             if any(layer.shape[d] > 1 for d in dims):
                 self.graph.freeze(layer, reason)
-
-    def constant(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Remember a number that the forward uses: one that changes with the widths would change the function."""
-        values = (*args, *kwargs.values())
-        numbers = [
-            a.item() if isinstance(a, Tensor) and a.dim() == 0 and a.device.type != "meta" else a for a in values
-        ]
-        numbers = [float(a) for a in numbers if isinstance(a, (int, float)) and not isinstance(a, bool)]
-        if numbers:
-            found = [labels for labels in map(self.labels, self.tensors(values)) if labels is not None]
-            nodes = [x.reshape(-1) for labels in found for x in labels.layers]
-            self.constants += [(self.place(func), a) for a in numbers]
-            self.constant_nodes += [np.concatenate(nodes) if nodes else np.zeros(0, np.int32)] * len(numbers)
 
     def cost(self, func: Any, total: int, layers: Layers, attention: bool = False) -> None:
         """``total`` multiply-accumulates, proportional to the sizes of the labelled dims."""
@@ -195,6 +181,7 @@ class Walk(TorchDispatchMode):
         if statistic is not None:
             out._statistic = statistic
         scales.note_leaks(self, name, tensors, kwargs, out)
+        numbers.note(self, func, args, kwargs, tensors, out)
         return out
 
     def _followed(self, func: Any, args: Any, kwargs: Any) -> Any:
