@@ -12,6 +12,7 @@ from oracle import assert_exact, randomised
 from torch import Tensor, nn
 
 import diffprune_fast as dpf
+from diffprune_fast.slicing import SliceError
 from diffprune_fast.tracing import GateError, pass_gate, sliced_shapes
 from diffprune_fast.tracing.grouping import build_plan
 from diffprune_fast.tracing.inputs import calls_of
@@ -84,7 +85,7 @@ FOLLOWING: dict[str, Between] = {
     "the epsilon of a norm": lambda h: layer_norm(h, h.shape[1] / 100),
     "the groups of a norm": lambda h: F.group_norm(h, h.shape[1] // 4),
     "a slope": lambda h: F.leaky_relu(h, h.shape[1] / 100),
-    "a window": lambda h: F.avg_pool2d(h, 2 * (h.shape[1] // 12) + 1, 1, h.shape[1] // 12),
+    "a window": lambda h: F.avg_pool2d(h, 2 * (h.shape[1] // 16) + 1, 1, h.shape[1] // 16),
     "a window's padding": dilated,
     "a scale factor": resized,
     "a size": lambda h: F.adaptive_avg_pool2d(h, h.shape[1] // 4),
@@ -116,6 +117,17 @@ def test_the_gate_refuses_a_keep_set_that_changes_a_number(name: str) -> None:
     with pytest.raises(GateError, match=r"used in model \(.*\) would change: it follows the width"):
         pass_gate(model, plan, sliced_shapes(model, plan, fewer), "count", calls)
     pass_gate(model, plan, sliced_shapes(model, plan, {"free": np.arange(5)}), "count", calls)
+
+
+def test_a_number_that_takes_a_step_is_refused_when_pruning_reaches_it() -> None:
+    model = Net(lambda h: h * (h.shape[1] // 20))
+    plan = dpf.trace(model, (X[:1].float(),))
+    before = {n: p.shape for n, p in model.named_parameters()}
+    with pytest.raises(SliceError, match=r"a number used in model \(mul\) would change"):
+        dpf.prune(model, plan, {"a": np.arange(19)}, example_inputs=(X[:1].float(),))
+    assert {n: p.shape for n, p in model.named_parameters()} == before
+    dpf.prune(model, plan, {"a": np.arange(20)}, example_inputs=(X[:1].float(),))
+    assert model.a.out_channels == 20
 
 
 def depthwise(h: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
     for c in np.random.default_rng(turn).permutation(len(of.allowed)).tolist():
         choices, levels = of.allowed[c], int(of.levels[c])
         if len(choices) > 1:
-            chosen[c] = choices[(len(choices) // 2 - seen.get(levels, 0)) % (len(choices) - 1)]
+            chosen[c] = choices[len(choices) - 2 - seen.get(levels, 0) % (len(choices) - 1)]
             seen[levels] = seen.get(levels, 0) + 1
     stays = rank_units(of, np.random.default_rng(turn).random(plan.n_units), "independent").kept(chosen)
     return {g.name: np.flatnonzero(stays[plan.offsets[i] : plan.offsets[i + 1]]) for i, g in enumerate(plan.groups)}
