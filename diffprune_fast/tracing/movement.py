@@ -59,7 +59,7 @@ def reshape(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     for layer in labels.layers:
         after = _reshaped(layer, x.shape, out.shape)
         if after is not None:
-            after = walk.graph.moved(layer, walk.by_heads(layer, after, place), place)
+            after = walk.graph.moved(layer, walk.regrouped(layer, after, place), place)
         if after is not None:
             moved.append(after)
     walk.label(out, Labels(tuple(moved), labels.feeds))

@@ -53,6 +53,11 @@ _SMALL = 4096
 _Sizes = tuple[tuple[int, ...], ...]
 
 
+def place_of(module: str, op: Any) -> str:
+    """How messages name an operation."""
+    return f"{module or 'model'} ({op.overloadpacket.__name__})"
+
+
 @dataclass(slots=True)
 class Step:
     """An operation.
@@ -75,7 +80,7 @@ class Step:
 
     @property
     def place(self) -> str:
-        return f"{self.module or 'model'} ({self.op.overloadpacket.__name__})"
+        return place_of(self.module, self.op)
 
     @property
     def nodes(self) -> np.ndarray:
@@ -125,7 +130,7 @@ def note(walk: Walk, op: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor],
     walk.steps.append(
         Step(
             op,
-            walk.stack[-1] if walk.stack else "",
+            walk.module,
             values,
             contents,
             tuple([o.shape for o in outs]),

@@ -101,10 +101,9 @@ def fix(walk: Walk, place: str, n: int, layer: Layer, q: Labels | None) -> None:
     """
     term = ScaleTerm(place, n, layer, _rows(walk, q))
     walk.scales.append(term)
-    module = walk.stack[-1] if walk.stack else ""
-    for name, value in vars(walk.by_name[module]).items():
+    for name, value in vars(walk.by_name[walk.module]).items():
         if type(value) is float and "scal" in name and math.isclose(value, n**-0.5, rel_tol=1e-9):
-            walk.scale_attributes[module, name] = term.first_row
+            walk.scale_attributes[walk.module, name] = term.first_row
 
 
 def note_leaks(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: Any, out: Any) -> None:

@@ -58,9 +58,13 @@ class Walk(TorchDispatchMode):
     def label(self, t: Tensor, labels: Labels | None) -> None:
         t._channel_labels = labels if labels is not None and labels.layers else None  # type: ignore[attr-defined]
 
+    @property
+    def module(self) -> str:
+        """The name of the module that is running."""
+        return self.stack[-1] if self.stack else ""
+
     def place(self, func: Any) -> str:
-        where = self.stack[-1] if self.stack else ""
-        return f"{where or 'model'} ({func.overloadpacket.__name__})"
+        return numbers.place_of(self.module, func)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The op itself, on meta where any operand is there."""
@@ -116,11 +120,11 @@ class Walk(TorchDispatchMode):
     def name_of(self, t: Tensor) -> str | None:
         return getattr(t, "_parameter_name", None)
 
-    def by_heads(self, before: Layer, after: Layer, place: str) -> Layer:
+    def regrouped(self, before: Layer, after: Layer, place: str) -> Layer:
         """A layer after a reshape; over heads only where it was split into heads that go as a whole."""
         if len(varying(after)) <= len(varying(before)):
             return after
-        module = self.stack[-1] if self.stack else ""
+        module = self.module
         heads = self.graph.by_heads(after, module, place)
         if heads is None:
             return after
@@ -139,23 +143,22 @@ class Walk(TorchDispatchMode):
 
     def attend(self, *operands: Tensor) -> None:
         """Note what an attention product brings together: heads, dims, channels."""
-        module = self.stack[-1] if self.stack else ""
         for t in operands:
             labels = self.labels(t)
-            found = [Attended.of(module, x) for x in labels.layers] if labels is not None else []
-            self.attended += [a for a in found if a is not None]
-            for a in found:
-                if a is not None and a.rows is not None:
-                    self._head_attributes(module, DIM_ATTRIBUTES, a.rows[0])
+            for layer in labels.layers if labels is not None else ():
+                found = Attended.of(self.module, layer)
+                if found is not None and found.rows is not None:
+                    self.attended.append(found)
+                    self._head_attributes(self.module, DIM_ATTRIBUTES, found.rows[0])
             if labels is None and t.dim() == 4:
-                self.attended.append(Attended(module, t.shape[1], t.shape[3], None))
+                self.attended.append(Attended(self.module, t.shape[1], t.shape[3], None))
 
     def attribute(self, parameter: Tensor, name: str, *layers: Layer) -> None:
         """A module attribute that follows the size of a layer."""
         owner = self.name_of(parameter)
         if owner is None or not layers:
             return
-        module = self.stack[-1] if self.stack else ""
+        module = self.module
         held = self.by_name[module]._parameters.values()
         if not any(getattr(p, "_parameter_name", None) == owner for p in held):  # a tied one has several owners
             module = owner.rpartition(".")[0]
@@ -166,8 +169,8 @@ class Walk(TorchDispatchMode):
         """Like :meth:`attribute`, also for a norm without parameters (then it is the running module's)."""
         if weight is not None:
             self.attribute(weight, name, layer)
-        elif self.stack and hasattr(self.by_name[self.stack[-1]], name):
-            self.attributes[self.stack[-1], name] = layer.reshape(-1)
+        elif self.stack and hasattr(self.by_name[self.module], name):
+            self.attributes[self.module, name] = layer.reshape(-1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -175,7 +178,7 @@ class Walk(TorchDispatchMode):
         tensors = list(self.tensors((args, kwargs)))
         statistic = statistics.follow(self, name, args, tensors) if self.statistics else None
         made = constants.follow(func, args, tensors)
-        out = self._followed(func, args, kwargs)
+        out = self._followed(func, args, kwargs, tensors)
         if made is not None:
             out._made = made
         if statistic is not None:
@@ -184,11 +187,11 @@ class Walk(TorchDispatchMode):
         numbers.note(self, func, args, kwargs, tensors, out)
         return out
 
-    def _followed(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _followed(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
         rule = RULES.get(func._schema.name)
         if rule is not None:
             return rule(self, func, args, kwargs)
-        if not any(self.labels(t) is not None for t in self.tensors((args, kwargs))):
+        if not any(self.labels(t) is not None for t in tensors):
             return self.run(func, args, kwargs)
         with self:
             out = func.decompose(*args, **kwargs)
