@@ -1,0 +1,8 @@
+"""Making up for channels that are gone, without training: the layers that read them are solved anew."""
+
+from __future__ import annotations
+
+from .compensate import Compensation, compensate
+from .estimate import CompensationMode
+
+__all__ = ["Compensation", "CompensationMode", "compensate"]

@@ -1,0 +1,194 @@
+"""What compensation will take, in seconds and bytes, and which form it therefore takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import Calibration
+from .consumers import Consumer
+from .patches import CHUNK_BYTES, CONVOLUTIONS, positions_of
+from .record import watched
+
+CompensationMode = Literal["auto", "full", "channels"]
+MODES = get_args(CompensationMode)
+Form = Literal["full", "channels", "gradients"]
+# "auto" takes what is worth most while it is estimated to stay below this.
+AUTO_SECONDS = 600.0
+MAX_ROWS = 16384
+# Rows for every column of a wide layer: with half a row for a column the digits' loss was .041 in place of .034.
+ROWS_PER_COLUMN = 4
+# What one matrix, or all targets on the host, may take of the memory that is free.
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one layer's solution takes. places: positions of its output, for all samples together; inner: of its input.
+
+    groups, columns, outputs: as in :class:`~.least_squares.Problem`. taps: kernel positions. dense: the inputs that the
+    dense layer has. itemsize: bytes of one number.
+    """
+
+    name: str
+    places: int
+    inner: int
+    groups: int
+    columns: int
+    outputs: int
+    taps: int
+    dense: int
+    itemsize: int
+
+    @property
+    def mixable(self) -> bool:
+        """Whether a mixing of channels, the same for all kernel positions, is a cheaper thing."""
+        return self.groups == 1 and self.taps > 1
+
+    def rows(self, form: Form) -> int:
+        columns = self.columns // self.taps if form == "channels" else self.columns
+        return max(MAX_ROWS, ROWS_PER_COLUMN * columns)
+
+    def operations(self, form: Form) -> float:
+        """Multiply-accumulates."""
+        if form == "channels":
+            columns, outputs, rows = self.columns // self.taps, self.dense, min(self.inner, self.rows(form))
+        else:
+            columns, outputs, rows = self.columns, self.outputs, min(self.places, self.rows(form))
+        if form == "gradients":
+            return self.groups * rows * columns * outputs * 23.0
+        products = rows * columns * (columns + 2 * outputs)
+        return self.groups * float(products + columns**3 / 3 + columns**2 * outputs)
+
+    def matrix_bytes(self, form: Form) -> int:
+        """The matrix with its factor; in double precision up to a width, see ``least_squares``."""
+        if form == "gradients":
+            return 4 * self.groups * self.columns * self.outputs * self.itemsize
+        columns = self.columns // self.taps if form == "channels" else self.columns
+        return self.groups * columns**2 * (8 if columns > 8000 else 20)
+
+    def target_bytes(self, form: Form) -> int:
+        if form == "channels":
+            return min(self.inner, self.rows(form)) * self.dense * self.itemsize
+        return min(self.places, self.rows(form)) * self.outputs * self.groups * self.itemsize
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """mode: ``"full"`` or ``"channels"``; why: what decided. forms: per layer. seconds, bytes: what it will take beside
+    the model's own forward. half: targets have to be kept in half precision."""
+
+    mode: str
+    why: str
+    forms: Mapping[str, Form]
+    rows: Mapping[str, int]
+    seconds: float
+    bytes: int
+    half: bool = False
+
+    def __str__(self) -> str:
+        return f"compensation {self.mode} ({self.why}): about {self.seconds:.0f} s and {self.bytes / 1e9:.2g} GB"
+
+
+def measured(
+    dense: nn.Module, pruned: nn.Module, layers: Sequence[Consumer], calibration: Calibration
+) -> tuple[list[Work], float]:
+    """What every layer will take, from a forward of one sample; and the seconds that a forward of all will take."""
+    after = dict(pruned.named_modules())
+    found: list[Work] = []
+
+    def see(layer: Consumer, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        n, places = calibration.samples, 1
+        for size in positions_of(module, x):
+            places *= size
+        conv = isinstance(module, CONVOLUTIONS)
+        found.append(_work(layer, after[layer.name], n * places, n * x.numel() // x.shape[1 if conv else -1]))
+
+    begin = time.perf_counter()
+    with watched(dense, layers, see):
+        calibration.one(dense)
+    seconds = (time.perf_counter() - begin) * calibration.samples
+    return found, seconds
+
+
+def _work(layer: Consumer, module: Any, places: int, inner: int) -> Work:
+    weight = module.weight
+    taps = weight[0, 0].numel()
+    groups = getattr(module, "groups", 1)
+    dense = int(layer.inputs.max()) + 1
+    size = max(4, weight.element_size())
+    columns = weight.shape[1] * taps
+    return Work(layer.name, places, inner, groups, columns, weight.shape[0] // groups, taps, dense, size)
+
+
+def decided(works: Sequence[Work], mode: CompensationMode, device: torch.device, forward: float) -> Estimate:
+    """The form of every layer."""
+    rate = throughput(device)
+    room, host = SHARE * free_bytes(device), SHARE * free_bytes(torch.device("cpu"))
+
+    def formed(mode: str) -> tuple[dict[str, Form], float]:
+        forms = {w.name: _form(w, mode, room) for w in works}
+        return forms, sum(w.operations(forms[w.name]) for w in works) / rate + 2 * forward
+
+    forms, seconds = formed("channels" if mode == "channels" else "full")
+    chosen, why = mode, "asked for"
+    if mode == "auto":
+        chosen, why = "full", f"about {seconds:.0f} s"
+        if seconds > AUTO_SECONDS:
+            cheaper, less = formed("channels")
+            chosen, why = "channels", f"full would take about {seconds:.0f} s"
+            forms, seconds = cheaper, less
+    if "gradients" in forms.values():
+        wide = [n for n, f in forms.items() if f == "gradients"]
+        why += f"; {len(wide)} layers by conjugate gradients, their matrices don't fit"
+    targets = sum(w.target_bytes(forms[w.name]) for w in works)
+    largest = max((w.matrix_bytes(forms[w.name]) for w in works), default=0)
+    half = targets > host
+    rows = {w.name: w.rows(forms[w.name]) for w in works}
+    total = (targets // 2 if half else targets) + largest + 3 * CHUNK_BYTES
+    return Estimate(chosen, why, forms, rows, seconds, total, half)
+
+
+def _form(work: Work, mode: str, room: float) -> Form:
+    if mode == "channels" and work.mixable:
+        return "channels"
+    return "gradients" if work.matrix_bytes("full") > room else "full"
+
+
+def throughput(device: torch.device) -> float:
+    """Multiply-accumulates a second of a matrix product in single precision, timed here."""
+    n = 2048 if device.type == "cuda" else 384
+    a = torch.ones(n, n, device=device)
+    best = float("inf")
+    for _ in range(4):
+        _synchronise(device)
+        begin = time.perf_counter()
+        a @ a
+        _synchronise(device)
+        best = min(best, time.perf_counter() - begin)
+    return n**3 / max(best, 1e-9)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; where nobody says so, eight gigabytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (OSError, ValueError, AttributeError):
+        return 8 << 30
