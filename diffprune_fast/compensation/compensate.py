@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,8 +179,8 @@ def put(model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor | None]]) -
     """Copy new weights into the parameters of a model's layers: all of them or, after an error, none."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, (weight, bias) in weights.items():
-        layer = model.get_submodule(name)
-        pairs += [(layer.weight, weight)] + ([] if bias is None else [(layer.bias, bias)])  # type: ignore[list-item]
+        layer: Any = model.get_submodule(name)
+        pairs += [(layer.weight, weight)] + ([] if bias is None else [(layer.bias, bias)])
     before: list[tuple[Tensor, Tensor]] = []
     try:
         for there, new in pairs:

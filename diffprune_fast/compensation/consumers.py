@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ def consumers(pruned: nn.Module, dense: nn.Module, kept: Kept) -> tuple[list[Con
 
     Raises ValueError where ``kept`` isn't what happened between the two models.
     """
-    before, after = dict(dense.named_modules()), dict(pruned.named_modules())
+    before: dict[str, Any] = dict(dense.named_modules())
+    after: dict[str, Any] = dict(pruned.named_modules())
     owners = _owners(pruned)
     all_frozen = not any(p.requires_grad for p in pruned.parameters())
     found: list[Consumer] = []
@@ -65,7 +67,7 @@ def _input_dim(layer: nn.Module) -> int | None:
     return 1 if counted and isinstance(weight, Tensor) and weight.ndim >= 2 else None
 
 
-def _reason(layer: nn.Module, was: nn.Module, owners: Mapping[int, int], all_frozen: bool) -> str | None:
+def _reason(layer: Any, was: nn.Module, owners: Mapping[int, int], all_frozen: bool) -> str | None:
     weight = layer.weight
     if isinstance(layer, TRANSPOSED):
         return "a transposed convolution"
@@ -93,7 +95,7 @@ def _owners(model: nn.Module) -> dict[int, int]:
     return owners
 
 
-def _consumer(path: str, place: int, layer: nn.Module, was: nn.Module, kept: Kept) -> Consumer:
+def _consumer(path: str, place: int, layer: Any, was: Any, kept: Kept) -> Consumer:
     name = f"{path}.weight"
     inputs, outputs = kept[name, 1], kept.get((name, 0))
     rows = layer.weight.shape[0]

@@ -15,7 +15,7 @@ from .calibration import Calibration
 from .consumers import Consumer
 from .estimate import Form
 from .least_squares import Problem, solve
-from .patches import CONVOLUTIONS, Patches, matrix_of, positions_of, values_at, weight_of
+from .patches import Patches, matrix_of, positions_of, values_at, weight_of
 from .record import Target, first_input
 
 # The first version whose matrix products give single precision from operands in half.
@@ -111,31 +111,31 @@ class Solver:
 
     def _mixed(self, layer: Consumer, module: Any, x: Tensor, target: Target) -> tuple[Tensor, Tensor | None]:
         """The dense layer's weight on its inputs as combinations of those that are left, one for all kernel places."""
-        dtype = _precision(module.weight)
-        was = self.dense.get_submodule(layer.name).weight.detach().to(module.weight.device, dtype)
-        was = was if layer.outputs is None else was.index_select(0, layer.outputs.to(was.device))
-        if layer.factor is not None:
-            was = was * layer.factor.to(was.device, dtype).view(-1, *[1] * (was.ndim - 1))
-        inputs = layer.inputs.to(was.device)
+        dtype, low, movable = _precision(module.weight), _low_precision(module.weight), module.bias is not None
+        dense: Any = self.dense.get_submodule(layer.name)
+        was = _of_dense(layer, dense.weight, module.weight, dtype)
         rows = torch.arange(len(target.rows), device=x.device)
         patches = Patches(nn.Identity(), values_at(module, x.detach(), target.rows), rows, dtype)
+        inputs = layer.inputs.to(was.device)
         selection = torch.zeros(1, len(inputs), was.shape[1], dtype=dtype, device=was.device)
         selection[0, torch.arange(len(inputs), device=was.device), inputs] = 1
-        nothing = torch.zeros(was.shape[1], dtype=dtype, device=was.device)
-        movable = module.bias is not None
-        low = _low_precision(module.weight)
-        problem = Problem(
-            patches, target.values, selection, nothing if movable else None, movable, self.ridge, summed, low
-        )
+        nothing = torch.zeros(was.shape[1], dtype=dtype, device=was.device) if movable else None
+        problem = Problem(patches, target.values, selection, nothing, movable, self.ridge, summed, low)
         mixing, rest = solve(problem)
-        weight = torch.einsum("oc...,kc->ok...", was, mixing[0])
-        if not movable:
-            return torch.empty_like(module.weight.detach()).copy_(weight), None
-        bias = self.dense.get_submodule(layer.name).bias.detach().to(was.device, dtype)
-        bias = bias if layer.outputs is None else bias.index_select(0, layer.outputs.to(was.device))
-        bias = bias if layer.factor is None else bias * layer.factor.to(was.device, dtype)
-        bias = bias + was.flatten(2).sum(2) @ rest
-        return torch.empty_like(module.weight.detach()).copy_(weight), _like(bias, module.bias)
+        weight = torch.empty_like(module.weight.detach()).copy_(torch.einsum("oc...,kc->ok...", was, mixing[0]))
+        if rest is None:
+            return weight, None
+        bias = _of_dense(layer, dense.bias, module.weight, dtype) + was.flatten(2).sum(2) @ rest
+        return weight, _like(bias, module.bias)
+
+
+def _of_dense(layer: Consumer, values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dense layer's weight or bias for the outputs that are left, as slicing scaled it."""
+    values = values.detach().to(like.device, dtype)
+    values = values if layer.outputs is None else values.index_select(0, layer.outputs.to(like.device))
+    if layer.factor is None:
+        return values
+    return values * layer.factor.to(like.device, dtype).view(-1, *[1] * (values.ndim - 1))
 
 
 def _unsolvable(module: Any, x: Tensor, target: Target | None) -> str | None:
