@@ -93,7 +93,7 @@ def test_the_loss_falls_and_the_result_says_so() -> None:
 
 def test_everything_but_the_solved_weights_is_as_it_was() -> None:
     dense, pruned, kept = pair()
-    whole, before = contents(dense), dict((n, p.detach().clone()) for n, p in pruned.named_parameters())
+    whole, before = contents(dense), {n: p.detach().clone() for n, p in pruned.named_parameters()}
     identities = {n: id(p) for n, p in pruned.named_parameters()}
     pruned.train()
     pruned.middle.eval()
@@ -286,7 +286,7 @@ def test_a_layer_that_does_not_run_is_named() -> None:
 
 
 def test_kept_of_another_model_is_refused() -> None:
-    dense, pruned, kept, x = conv_case()
+    dense, pruned, _kept, x = conv_case()
     with pytest.raises(ValueError, match=r"kept says that second\.weight has 5 outputs and 6 inputs"):
         compensate(pruned, dense, kept={("second.weight", 1): np.arange(6)}, calibration=[(x,)])
 
