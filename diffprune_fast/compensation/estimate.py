@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..tracing.plan import Keep, Plan
 from .calibration import Calibration
 from .consumers import Consumer
 from .patches import CHUNK_BYTES, CONVOLUTIONS, positions_of
@@ -19,8 +21,9 @@ from .record import watched
 CompensationMode = Literal["auto", "full", "channels"]
 MODES = get_args(CompensationMode)
 Form = Literal["full", "channels", "gradients"]
-# "auto" takes what is worth most while it is estimated to stay below this.
-AUTO_SECONDS = 600.0
+# "auto" takes what is worth most while it is estimated to stay below this, or below so many times what mixed channels
+# take (the models' own forwards may be what takes long).
+AUTO_SECONDS, WORTH = 600.0, 2.0
 MAX_ROWS = 16384
 # Rows for every column of a wide layer: with half a row for a column the digits' loss was .041 in place of .034.
 ROWS_PER_COLUMN = 4
@@ -103,12 +106,13 @@ def measured(
     after = dict(pruned.named_modules())
     found: list[Work] = []
 
-    def see(layer: Consumer, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    def see(layer: Consumer, module: Any, x: Tensor, y: Tensor) -> None:
         n, places = calibration.samples, 1
         for size in positions_of(module, x):
             places *= size
         conv = isinstance(module, CONVOLUTIONS)
-        found.append(_work(layer, after[layer.name], n * places, n * x.numel() // x.shape[1 if conv else -1]))
+        inner = n * x.numel() // x.shape[1 if conv else -1]
+        found.append(_work(layer.name, after[layer.name], n * places, inner, module.weight.shape[1]))
 
     begin = time.perf_counter()
     with watched(dense, layers, see):
@@ -117,14 +121,46 @@ def measured(
     return found, seconds
 
 
-def _work(layer: Consumer, module: Any, places: int, inner: int) -> Work:
+def _work(name: str, module: Any, places: int, inner: int, dense: int) -> Work:
     weight = module.weight
-    taps = weight[0, 0].numel()
-    groups = getattr(module, "groups", 1)
-    dense = int(layer.inputs.max()) + 1
-    size = max(4, weight.element_size())
-    columns = weight.shape[1] * taps
-    return Work(layer.name, places, inner, groups, columns, weight.shape[0] // groups, taps, dense, size)
+    taps, groups, size = weight[0, 0].numel(), getattr(module, "groups", 1), max(4, weight.element_size())
+    return Work(name, places, inner, groups, weight.shape[1] * taps, weight.shape[0] // groups, taps, dense, size)
+
+
+def estimate(
+    plan: Plan,
+    keep: Keep | np.ndarray,
+    *,
+    mode: CompensationMode = "auto",
+    samples: int = 128,
+    device: torch.device | str = "cpu",
+) -> Estimate:
+    """What :func:`compensate` would take for a keep-set, before anything is pruned: by arithmetic on the plan.
+
+    keep: group name to kept units, or ``(n_groups,)`` kept counts per group. device: where the models would be; the
+    speed of its matrix products is timed, which takes milliseconds.
+    """
+    device = torch.device(device)
+    counts = plan.counts(keep)
+    lost: dict[tuple[str, int], int] = {}
+    for group, n in zip(plan.groups, counts.tolist()):
+        for m in group.members:
+            place = (m.parameter, m.dim)
+            lost[place] = lost.get(place, 0) + (group.n_units - n) * m.index.shape[1]
+    sizes = plan.extents.at(plan.counts())
+    works: dict[str, Work] = {}
+    for cost in plan.costs:
+        path = cost.place.partition(" ")[0]
+        name = f"{path}.weight"
+        if cost.attention or path in works or not lost.get((name, 1)) or len(plan.shapes.get(name, ())) < 2:
+            continue
+        out, channels, *kernel = plan.shapes[name]
+        taps = int(np.prod(kernel, dtype=np.int64))
+        places = samples * round(cost.scale * float(np.prod(sizes[list(cost.extents)])) / (out * channels * taps))
+        columns = (channels - lost[name, 1]) * taps
+        works[path] = Work(name, places, places, 1, columns, out - lost.get((name, 0), 0), taps, channels, 4)
+    forward = samples * (plan.macs() + plan.macs(counts)) / 2 / throughput(device)
+    return decided(list(works.values()), mode, device, forward)
 
 
 def decided(works: Sequence[Work], mode: CompensationMode, device: torch.device, forward: float) -> Estimate:
@@ -140,8 +176,8 @@ def decided(works: Sequence[Work], mode: CompensationMode, device: torch.device,
     chosen, why = mode, "asked for"
     if mode == "auto":
         chosen, why = "full", f"about {seconds:.0f} s"
-        if seconds > AUTO_SECONDS:
-            cheaper, less = formed("channels")
+        cheaper, less = formed("channels")
+        if seconds > max(AUTO_SECONDS, WORTH * less):
             chosen, why = "channels", f"full would take about {seconds:.0f} s"
             forms, seconds = cheaper, less
     if "gradients" in forms.values():
@@ -162,9 +198,10 @@ def _form(work: Work, mode: str, room: float) -> Form:
 
 
 def throughput(device: torch.device) -> float:
-    """Multiply-accumulates a second of a matrix product in single precision, timed here."""
-    n = 2048 if device.type == "cuda" else 384
-    a = torch.ones(n, n, device=device)
+    """Multiply-accumulates a second of a matrix product in the precision that the device would take, timed here."""
+    gpu = device.type == "cuda"
+    n = 4096 if gpu else 384
+    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
     best = float("inf")
     for _ in range(4):
         _synchronise(device)

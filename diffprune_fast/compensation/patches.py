@@ -27,17 +27,22 @@ def positions_of(layer: nn.Module, x: Tensor) -> tuple[int, ...]:
 
 def batched(layer: nn.Module, x: Tensor) -> Tensor:
     """A convolution's input or output with its batch dim, which one sample may lack."""
-    return x if x.ndim == len(layer.kernel_size) + 2 else x.unsqueeze(0)  # type: ignore[arg-type]
+    sample = isinstance(layer, CONVOLUTIONS) and x.ndim == len(layer.kernel_size) + 1
+    return x.unsqueeze(0) if sample else x
 
 
 def values_at(layer: nn.Module, x: Tensor, rows: Tensor, channels: Tensor | None = None) -> Tensor:
     """``(rows, channels)`` of a layer's input or output ``x`` at flat positions ``rows`` of its own places."""
-    x = batched(layer, x).movedim(1, -1) if isinstance(layer, CONVOLUTIONS) else x
-    rows = rows.to(x.device)
+    return rows_of(batched(layer, x), 1 if isinstance(layer, CONVOLUTIONS) else -1, rows, channels)
+
+
+def rows_of(x: Tensor, dim: int, rows: Tensor, channels: Tensor | None = None) -> Tensor:
+    """``(rows, channels)`` of a tensor whose channels are along ``dim``, at flat positions of its other dims."""
+    x, rows = x.movedim(dim, -1), rows.to(x.device)
     if x.is_contiguous():
         found = x.reshape(-1, x.shape[-1]).index_select(0, rows)
     else:
-        found = x[torch.unravel_index(rows, x.shape[:-1])] if x.ndim > 1 else x[None]
+        found = x[torch.unravel_index(rows, x.shape[:-1])]
     return found if channels is None else found.index_select(1, channels.to(x.device))
 
 
