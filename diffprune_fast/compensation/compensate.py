@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..scoring.objectives import LossFunction
 from ..scoring.untouched import check_weights, unwrapped
 from .calibration import Calibration, asleep, called, drawn
-from .consumers import Consumer, Kept, consumers
+from .consumers import Consumer, Kept, consumers, norms
 from .estimate import MODES, CompensationMode, Estimate, decided, measured
 from .record import record
 from .solve import Solver
@@ -108,6 +108,7 @@ def compensate(
     if check_weights(dense) != device:
         raise ValueError("the dense and the pruned model are on different devices: move one to the other's")
     layers, alone = consumers(pruned, dense, kept)
+    layers += norms(pruned, dense, kept, len(layers)) if layers else []
     with torch.inference_mode(False), torch.no_grad():
         cast = AUTOCAST[autocast]
         if calibration is not None:
@@ -160,9 +161,7 @@ def _compensated(
         mixed = frozenset(n for n, form in plan.forms.items() if form == "channels")
         whole = [layer for layer in seen if layer.name not in mixed]
         sums = streams(dense, pruned, whole, data)
-        targets = record(
-            dense, seen, data, rows=plan.rows, of_inputs=mixed, streams=sums, seed=seed, half=plan.half
-        )
+        targets = record(dense, seen, data, rows=plan.rows, of_inputs=mixed, streams=sums, seed=seed, half=plan.half)
         with tqdm(total=len(seen), desc="compensating", unit="layer", disable=not progress) as bar:
             solver = Solver(pruned, dense, targets, plan.forms, ridge, bar.update)
             solver.run(layers, data)

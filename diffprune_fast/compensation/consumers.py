@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .patches import CONVOLUTIONS
+from .patches import CONVOLUTIONS, NORMS
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KNOWN = (nn.Linear, *CONVOLUTIONS)
@@ -56,6 +56,27 @@ def consumers(pruned: nn.Module, dense: nn.Module, kept: Kept) -> tuple[list[Con
             continue
         found.append(_consumer(path, len(found), layer, was, kept))
     return found, alone
+
+
+def norms(pruned: nn.Module, dense: nn.Module, kept: Kept, first: int) -> list[Consumer]:
+    """The norms that lost channels and have a weight and bias to refit; their places are numbered from ``first``."""
+    before: dict[str, Any] = dict(dense.named_modules())
+    after: dict[str, Any] = dict(pruned.named_modules())
+    owners, all_frozen = _owners(pruned), not any(p.requires_grad for p in pruned.parameters())
+    found: list[Consumer] = []
+    for (parameter, dim), index in kept.items():
+        path, _, leaf = parameter.rpartition(".")
+        layer, was = after.get(path), before.get(path)
+        if dim != 0 or leaf != "weight" or not isinstance(layer, NORMS) or was is None or type(layer) is not type(was):
+            continue
+        keep = torch.from_numpy(np.asarray(index, np.int64))
+        own = [layer.weight, layer.bias]
+        if any(p is None or owners[id(p)] > 1 or not (p.requires_grad or all_frozen) for p in own):
+            continue
+        # A norm of queries whose weight carries a softmax scale isn't what it was.
+        if torch.equal(layer.weight, was.weight.index_select(0, keep.to(was.weight.device))):
+            found.append(Consumer(path, first + len(found), keep, keep, None))
+    return found
 
 
 def _input_dim(layer: nn.Module) -> int | None:

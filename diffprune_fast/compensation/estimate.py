@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..tracing.plan import Keep, Plan
 from .calibration import Calibration
 from .consumers import Consumer
-from .patches import CHUNK_BYTES, CONVOLUTIONS, positions_of
+from .patches import CHUNK_BYTES, channel_dim, positions_of
 from .record import watched
 
 CompensationMode = Literal["auto", "full", "channels"]
@@ -110,9 +110,9 @@ def measured(
         n, places = calibration.samples, 1
         for size in positions_of(module, x):
             places *= size
-        conv = isinstance(module, CONVOLUTIONS)
-        inner = n * x.numel() // x.shape[1 if conv else -1]
-        found.append(_work(layer.name, after[layer.name], n * places, inner, module.weight.shape[1]))
+        inner = n * x.numel() // x.shape[channel_dim(module)]
+        before = module.weight.shape[-1 if module.weight.ndim == 1 else 1]
+        found.append(_work(layer.name, after[layer.name], n * places, inner, before))
 
     begin = time.perf_counter()
     with watched(dense, layers, see):
@@ -123,7 +123,10 @@ def measured(
 
 def _work(name: str, module: Any, places: int, inner: int, dense: int) -> Work:
     weight = module.weight
-    taps, groups, size = weight[0, 0].numel(), getattr(module, "groups", 1), max(4, weight.element_size())
+    size = max(4, weight.element_size())
+    if weight.ndim == 1:
+        return Work(name, places, inner, 1, 1, len(weight), 1, dense, size)
+    taps, groups = weight[0, 0].numel(), getattr(module, "groups", 1)
     return Work(name, places, inner, groups, weight.shape[1] * taps, weight.shape[0] // groups, taps, dense, size)
 
 

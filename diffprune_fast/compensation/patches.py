@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.GroupNorm, nn.LayerNorm)
 # What one chunk of rows may take: large enough for the matrix products to run at full speed.
 CHUNK_BYTES = 64 << 20
 
 
 def positions_of(layer: nn.Module, x: Tensor) -> tuple[int, ...]:
     """The sizes of the places that ``layer`` answers at: all dims of its output but the channels'."""
+    if isinstance(layer, nn.GroupNorm):
+        return (x.shape[0], *x.shape[2:])
     if not isinstance(layer, CONVOLUTIONS):
         return tuple(x.shape[:-1])
     x = batched(layer, x)
@@ -25,6 +28,11 @@ def positions_of(layer: nn.Module, x: Tensor) -> tuple[int, ...]:
     return (len(x), *space)
 
 
+def channel_dim(layer: nn.Module) -> int:
+    """Where a layer's inputs and outputs, with their batch dim, have their channels."""
+    return 1 if isinstance(layer, (*CONVOLUTIONS, nn.GroupNorm)) else -1
+
+
 def batched(layer: nn.Module, x: Tensor) -> Tensor:
     """A convolution's input or output with its batch dim, which one sample may lack."""
     sample = isinstance(layer, CONVOLUTIONS) and x.ndim == len(layer.kernel_size) + 1
@@ -33,7 +41,7 @@ def batched(layer: nn.Module, x: Tensor) -> Tensor:
 
 def values_at(layer: nn.Module, x: Tensor, rows: Tensor, channels: Tensor | None = None) -> Tensor:
     """``(rows, channels)`` of a layer's input or output ``x`` at flat positions ``rows`` of its own places."""
-    return rows_of(batched(layer, x), 1 if isinstance(layer, CONVOLUTIONS) else -1, rows, channels)
+    return rows_of(batched(layer, x), channel_dim(layer), rows, channels)
 
 
 def rows_of(x: Tensor, dim: int, rows: Tensor, channels: Tensor | None = None) -> Tensor:

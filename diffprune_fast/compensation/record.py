@@ -80,7 +80,8 @@ def record(
     """Run the dense model and keep what every layer gives, by the layer's name; layers that didn't run are missing.
 
     rows: how many positions each layer's targets are taken at, at most, all ranks together. of_inputs: layers whose
-    inputs are kept in place of their outputs. streams: layers of which the stream behind them is kept. half: in bfloat16.
+    inputs are kept in place of their outputs. streams: layers of which the stream behind them is kept. half: in
+    bfloat16.
     """
     found: dict[str, Target] = {}
     waiting: dict[str, tuple[Consumer, tuple[int, ...], Tensor]] = {}

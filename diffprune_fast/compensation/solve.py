@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..scoring.accumulate import rank_and_count
@@ -15,7 +16,7 @@ from .calibration import Calibration
 from .consumers import Consumer
 from .estimate import Form
 from .least_squares import Problem, solve
-from .patches import Patches, matrix_of, positions_of, rows_of, values_at, weight_of
+from .patches import NORMS, Patches, matrix_of, positions_of, rows_of, values_at, weight_of
 from .record import Target, first_input
 from .streams import observed
 
@@ -94,7 +95,9 @@ class Solver:
             self.alone[layer.name] = reason or "not called by the dense model"
             return
         try:
-            if target.of_inputs:
+            if isinstance(module, NORMS):
+                weight, bias = self._refitted(module, x, target)
+            elif target.of_inputs:
                 weight, bias = self._mixed(layer, module, x, target)
             else:
                 weight, bias = self._regressed(layer, module, x, target)
@@ -123,6 +126,24 @@ class Solver:
         )
         matrix, bias = solve(problem, gradients=self.forms[layer.name] == "gradients")
         return weight_of(matrix, module.weight.detach()), _like(bias, module.bias)
+
+    def _refitted(self, module: Any, x: Tensor, target: Target) -> tuple[Tensor, Tensor | None]:
+        """A norm's weight and bias: the line through its normalised inputs and the dense norm's outputs, by channel."""
+        dtype = _precision(module.weight)
+        x = x.detach().to(dtype)
+        if isinstance(module, nn.GroupNorm):
+            normalised = F.group_norm(x, module.num_groups, eps=module.eps)
+        else:
+            normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        u = values_at(module, normalised, target.rows)
+        r = target.values.to(u.device, dtype) - u * module.weight.detach().to(dtype) - module.bias.detach().to(dtype)
+        n = summed(torch.tensor([len(u)], device=u.device))
+        mean_u, mean_r = summed(u.sum(0)) / n, summed(r.sum(0)) / n
+        u, r = u - mean_u, r - mean_r
+        spread, cross = summed(u.square().sum(0)) / n, summed((u * r).sum(0)) / n
+        change = cross / (spread * (1 + self.ridge)).clamp_min(torch.finfo(dtype).tiny)
+        weight = module.weight.detach() + change.to(module.weight.dtype)
+        return weight, _like(module.bias.detach().to(dtype) + mean_r - change * mean_u, module.bias)
 
     def _mixed(self, layer: Consumer, module: Any, x: Tensor, target: Target) -> tuple[Tensor, Tensor | None]:
         """The dense layer's weight on its inputs as combinations of those that are left, one for all kernel places."""

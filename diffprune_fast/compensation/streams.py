@@ -1,7 +1,7 @@
 """Layers whose outputs are added to a residual stream: what the stream should be after them is the better target.
 
-Seen on one sample, by numbers alone: ``z - y = s`` of a layer's output ``y``, where ``s`` goes into or comes out of some
-module before the layer runs, and ``z`` after it.
+Seen on one sample, by numbers alone: ``z - y = s`` of a layer's output ``y``, where ``s`` goes into or comes out of
+some module before the layer runs, and ``z`` after it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .calibration import Calibration
 from .consumers import Consumer
-from .patches import CONVOLUTIONS
+from .patches import NORMS, channel_dim
 
 # Where sums are looked for: so many inputs and outputs of modules after the layer, at so many positions.
 NEAR, PROBES = 16, 24
@@ -40,7 +40,9 @@ class Stream:
 
 
 @contextmanager
-def observed(model: nn.Module, see: Callable[[str, str, Tensor], None], paths: Sequence[str] | None = None) -> Iterator[None]:
+def observed(
+    model: nn.Module, see: Callable[[str, str, Tensor], None], paths: Sequence[str] | None = None
+) -> Iterator[None]:
     """While inside, ``see(module, side, tensor)`` at the first call of every module (or of those named)."""
     modules = dict(model.named_modules())
     seen: set[tuple[str, str]] = set()
@@ -85,7 +87,7 @@ def streams(
         if y is None or None in places:
             continue
         s, z = (_probes(there[i][2], p.dim) for i, p in zip(places, (stream.before, stream.after)))  # type: ignore[index]
-        if _adds_up(s, _probes(there[y][2], _dim(modules[name])), z):
+        if _adds_up(s, _probes(there[y][2], channel_dim(modules[name])), z):
             confirmed[name] = stream
     return confirmed
 
@@ -123,22 +125,20 @@ def _sums(model: nn.Module, layers: Sequence[Consumer], calibration: Calibration
     found: dict[str, Stream] = {}
     for layer in layers:
         at = order.get((layer.name, "output"))
-        if at is None or layer.factor is not None:
+        if at is None or layer.factor is not None or isinstance(modules[layer.name], NORMS):
             continue
-        y = _Seen.of(*events[at], _dim(modules[layer.name]))
+        y = _Seen.of(*events[at], channel_dim(modules[layer.name]))
         after = [z for zs in seen[at + 1 : at + NEAR] for z in zs if z.shape == y.shape and z.few != y.few]
         before = [s for ss in reversed(seen[:at]) for s in ss if s.shape == y.shape]
         tolerance = 4 * torch.finfo(y.rows.dtype).eps
         for z, s in ((z, s) for z in after for s in before):
-            near = all(abs(a + b - c) <= tolerance * max(abs(a), abs(b), abs(c)) for a, b, c in zip(s.few, y.few, z.few))
+            near = all(
+                abs(a + b - c) <= tolerance * max(abs(a), abs(b), abs(c)) for a, b, c in zip(s.few, y.few, z.few)
+            )
             if near and _adds_up(s.rows, y.rows, z.rows):
                 found[layer.name] = Stream(s.point, z.point)
                 break
     return found
-
-
-def _dim(layer: nn.Module) -> int:
-    return 1 if isinstance(layer, CONVOLUTIONS) else -1
 
 
 def _probes(x: Tensor, dim: int) -> Tensor:
