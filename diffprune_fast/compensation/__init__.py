@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .compensate import Compensation, compensate
-from .estimate import CompensationMode, Estimate, estimate
+from .estimates import CompensationMode, Estimate, estimate
 
 __all__ = ["Compensation", "CompensationMode", "Estimate", "compensate", "estimate"]

@@ -15,10 +15,9 @@ from ..scoring.objectives import LossFunction
 from ..scoring.untouched import check_weights, unwrapped
 from .calibration import Calibration, asleep, called, drawn
 from .consumers import Consumer, Kept, consumers, norms
-from .estimate import MODES, CompensationMode, Estimate, decided, measured
+from .estimates import MODES, CompensationMode, Estimate, decided, measured
 from .record import record
 from .solve import Solver
-from .streams import streams
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
 SAMPLES = 128
@@ -159,9 +158,7 @@ def _compensated(
                 raise FloatingPointError(f"the {name} model's {data.measure} is {value}: look for NaN in its weights")
         seen = [layer for layer in layers if layer.name in plan.forms]
         mixed = frozenset(n for n, form in plan.forms.items() if form == "channels")
-        whole = [layer for layer in seen if layer.name not in mixed]
-        sums = streams(dense, pruned, whole, data)
-        targets = record(dense, seen, data, rows=plan.rows, of_inputs=mixed, streams=sums, seed=seed, half=plan.half)
+        targets = record(dense, seen, data, rows=plan.rows, of_inputs=mixed, seed=seed, half=plan.half)
         with tqdm(total=len(seen), desc="compensating", unit="layer", disable=not progress) as bar:
             solver = Solver(pruned, dense, targets, plan.forms, ridge, bar.update)
             solver.run(layers, data)

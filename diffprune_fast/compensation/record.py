@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..scoring.untouched import generator_for
 from .calibration import POSITIONS, Calibration
 from .consumers import Consumer
-from .patches import positions_of, rows_of, values_at
-from .streams import Point, Stream, observed, points
+from .patches import positions_of, values_at
 
 
 @dataclass(frozen=True)
@@ -22,15 +21,13 @@ class Target:
     """What a layer should answer (or, where ``of_inputs``, be given).
 
     shape: the sizes of all places. rows: ``(n,)`` sorted flat positions of some of them. values: ``(n, channels)`` on
-    the host. before: where the pruned model's stream is, that the layer's output is added to; then the values are the
-    stream's with the layer's output.
+    the host.
     """
 
     shape: tuple[int, ...]
     rows: Tensor
     values: Tensor
     of_inputs: bool = False
-    before: Point | None = None
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -73,46 +70,28 @@ def record(
     *,
     rows: Mapping[str, int],
     of_inputs: frozenset[str],
-    streams: Mapping[str, Stream],
     seed: int,
     half: bool,
 ) -> dict[str, Target]:
     """Run the dense model and keep what every layer gives, by the layer's name; layers that didn't run are missing.
 
     rows: how many positions each layer's targets are taken at, at most, all ranks together. of_inputs: layers whose
-    inputs are kept in place of their outputs. streams: layers of which the stream behind them is kept. half: in
-    bfloat16.
+    inputs are kept in place of their outputs. half: in bfloat16.
     """
     found: dict[str, Target] = {}
-    waiting: dict[str, tuple[Consumer, tuple[int, ...], Tensor]] = {}
-    wanted = points(streams)
-
-    def kept(values: Tensor) -> Tensor:
-        dtype = torch.bfloat16 if half and values.dtype != torch.float16 else values.dtype
-        return values.to("cpu", dtype)
 
     def see(layer: Consumer, module: nn.Module, x: Tensor, y: Tensor) -> None:
         inputs = layer.name in of_inputs
         z = x if inputs else y
         shape = _places(module, z) if inputs else positions_of(module, x)
         at = _drawn(shape, rows[layer.name], calibration, seed, layer.place)
-        if layer.name in streams:
-            waiting[layer.name] = (layer, shape, at)
-            return
         values = values_at(module, z, at, None if inputs else layer.outputs)
         if layer.factor is not None and not inputs:
             values = values * layer.factor.to(values.device, values.dtype)
-        found[layer.name] = Target(shape, at, kept(values), inputs)
+        dtype = torch.bfloat16 if half and values.dtype != torch.float16 else values.dtype
+        found[layer.name] = Target(shape, at, values.to("cpu", dtype), inputs)
 
-    def pass_by(path: str, side: str, x: Tensor) -> None:
-        for name, point in wanted.get((path, side), ()):
-            if name in waiting:
-                layer, shape, at = waiting.pop(name)
-                values = rows_of(x, point.dim, at, layer.outputs)
-                found[name] = Target(shape, at, kept(values), before=streams[name].before)
-
-    passed = sorted({path for path, _ in wanted})
-    with watched(dense, layers, see), observed(dense, pass_by, passed):
+    with watched(dense, layers, see):
         calibration.run(dense)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from ..scoring.accumulate import rank_and_count
 from .calibration import Calibration
 from .consumers import Consumer
-from .estimate import Form
+from .estimates import Form
 from .least_squares import Problem, solve
-from .patches import NORMS, Patches, matrix_of, positions_of, rows_of, values_at, weight_of
+from .patches import NORMS, Patches, matrix_of, positions_of, values_at, weight_of
 from .record import Target, first_input
-from .streams import observed
 
 # The first version whose matrix products give single precision from operands in half.
 BMM_OUT_DTYPE = (2, 8)
@@ -40,22 +39,10 @@ class Solver:
     tick: Callable[[], None]
     solved: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
-    _streams: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, layers: Sequence[Consumer], calibration: Calibration) -> None:
         """The forward. Its new weights stand in the model's place of them until the stand-ins go."""
-        wanted: dict[tuple[str, str], list[str]] = {}
-        for name, target in self.targets.items():
-            if target.before is not None:
-                wanted.setdefault((target.before.module, target.before.side), []).append(name)
-
-        def pass_by(path: str, side: str, x: Tensor) -> None:
-            for name in wanted.get((path, side), ()):
-                target = self.targets.get(name)
-                if target is not None and target.before is not None:
-                    self._streams[name] = rows_of(x, target.before.dim, target.rows)
-
-        with self._before_each(layers), observed(self.pruned, pass_by, sorted({path for path, _ in wanted})):
+        with self._before_each(layers):
             calibration.run(self.pruned)
         for layer in layers:
             if layer.name not in self.solved:
@@ -88,8 +75,6 @@ class Solver:
 
     def _solve(self, layer: Consumer, module: Any, x: Tensor) -> None:
         target = self.targets.pop(layer.name, None)
-        if target is not None and target.before is not None:
-            target = _less(target, self._streams.pop(layer.name, None))
         reason = _unsolvable(module, x, target)
         if reason is not None or target is None:
             self.alone[layer.name] = reason or "not called by the dense model"
@@ -163,14 +148,6 @@ class Solver:
             return weight, None
         bias = _of_dense(layer, dense.bias, module.weight, dtype) + was.flatten(2).sum(2) @ rest
         return weight, _like(bias, module.bias)
-
-
-def _less(target: Target, stream: Tensor | None) -> Target | None:
-    """What a layer has to add to the stream as it is."""
-    if stream is None or stream.shape != target.values.shape:
-        return None
-    wide = torch.promote_types(stream.dtype, torch.float32)
-    return replace(target, values=target.values.to(stream.device, wide) - stream.to(wide))
 
 
 def _of_dense(layer: Consumer, values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from models import small_condition_unet, small_unet, small_vae
 from torch import Tensor, nn
 
-from diffprune_fast.compensation import Compensation, compensate, estimate
+from diffprune_fast.compensation import Compensation, compensate, estimates
 from diffprune_fast.scoring.conditioning import read_batch
 from diffprune_fast.selection import select
 from diffprune_fast.slicing import prune
@@ -104,7 +104,7 @@ def test_mixed_channels_bring_it_nearer_too() -> None:
 
 def test_layers_whose_matrices_do_not_fit_are_solved_by_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pruned_and_compensated("UNet2DModel")
-    monkeypatch.setattr(estimate, "free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(estimates, "free_bytes", lambda device: 1 << 20)
     found = pruned_and_compensated("UNet2DModel")
     assert "by conjugate gradients, their matrices don't fit" in found.why
     assert found.compensated == pytest.approx(whole.compensated, rel=0.1)

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from planted import Kept, Two, conv_case, double, image, sliced, without
 from torch import Tensor, nn
 
-from diffprune_fast.compensation import Compensation, compensate, estimate
+from diffprune_fast.compensation import Compensation, compensate, estimates
 from diffprune_fast.compensation.compensate import put
 
 
@@ -322,7 +322,7 @@ FEW = 400  # of 13 samples' 1053 positions
 
 def rank_main(rank: int, ranks: int, path: str) -> None:
     torch.set_num_threads(1)
-    estimate.MAX_ROWS = FEW
+    estimates.MAX_ROWS = FEW
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
     try:
         dense, pruned, kept = pair()
@@ -336,7 +336,7 @@ def test_ranks_share_the_samples_and_end_with_one_process_weights(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mp.start_processes(rank_main, (2, str(tmp_path / "store")), nprocs=2, start_method="spawn")
-    monkeypatch.setattr(estimate, "MAX_ROWS", FEW)
+    monkeypatch.setattr(estimates, "MAX_ROWS", FEW)
     dense, pruned, kept = pair()
     alone = run(pruned, dense, kept, samples=13)
     for rank in range(2):
