@@ -80,9 +80,11 @@ def find_heads(model: nn.Module, plan: Plan) -> tuple[tuple[HeadPair, ...], dict
             continue
         attention = constraint.place.partition(" (")[0]
         for group, rows in _by_group(plan, constraint):
-            kind: Kind = "qk" if _is_queries(plan, constraint, rows) else "vo"
+            told = any(f.place == constraint.place and np.isin(f.units, rows).any() for f in plan.scale_fixes)
+            kind: Kind = "qk" if told or all(m.dim == 0 for m in group.members) else "vo"
             try:
-                pair = _pair(model, plan, constraint, group, rows, kind)
+                left, right = _sides(model, plan, constraint, group, rows, kind, told)
+                pair = HeadPair(attention, kind, left, right, centred=told)
             except _Standing as reason:
                 standing[f"{attention} {kind}"] = str(reason)
             else:
@@ -100,16 +102,16 @@ def _by_group(plan: Plan, constraint: Constraint) -> Iterator[tuple[Group, np.nd
         yield plan.groups[g], rows[of == g]
 
 
-def _is_queries(plan: Plan, constraint: Constraint, rows: np.ndarray) -> bool:
-    return any(f.place == constraint.place and np.isin(f.units, rows).any() for f in plan.scale_fixes)
+def _sides(
+    model: nn.Module, plan: Plan, constraint: Constraint, group: Group, rows: np.ndarray, kind: Kind, told: bool
+) -> Sides:
+    """What is left and right of the product of these heads. Raises _Standing where they can't be rotated.
 
-
-def _pair(model: nn.Module, plan: Plan, constraint: Constraint, group: Group, rows: np.ndarray, kind: Kind) -> HeadPair:
-    """Raises _Standing, with the reason, where these heads can't be rotated."""
+    told: the plan says where the queries are.
+    """
     if (rows < 0).any():
         raise _Standing("some of its dims have to stay")
-    start = plan.offsets[plan.position[group.name]]
-    local = rows - start
+    local = rows - plan.offsets[plan.position[group.name]]
     if (local < 0).any() or (local >= group.n_units).any():
         raise _Standing("its dims are in several groups")
     for m in group.members:
@@ -118,17 +120,15 @@ def _pair(model: nn.Module, plan: Plan, constraint: Constraint, group: Group, ro
     if np.unique(rows).size < rows.size:
         raise _Standing("several of its heads share dims")
     members = [(m, m.index[local]) for m in group.members]
-    if kind == "qk":
+    if told:
         left, right = _queries_and_keys(plan, constraint, members)
-    elif not any(m.dim for m, _ in members):
+    elif kind == "qk":
         left, right = _two_projections(members)
     else:
         left, right = _values_and_readers(members)
     if not left or not right:
         raise _Standing("only one side of the product is made by linear layers")
-    attention = constraint.place.partition(" (")[0]
-    reads = any(p.dim for p in right)
-    return HeadPair(attention, "vo" if reads else "qk", left, right, centred=kind == "qk")
+    return left, right
 
 
 def _is_linear(model: nn.Module, plan: Plan, member: Member) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..scoring.accumulate import rank_and_count
 from ..scoring.batches import Batches, check_batch
-from ..scoring.objectives import LossFunction, Objective, first_tensor, make_objective
+from ..scoring.conditioning import tensors_in
+from ..scoring.objectives import LossFunction, Objective, make_objective
 from ..scoring.untouched import check_weights, own_randomness, stand_ins, unwrapped
 from ..tracing.plan import Plan
 from .bases import turning
@@ -140,7 +141,11 @@ class _Run:
     def answers(self, inputs: Inputs) -> list[Tensor]:
         """What the model answers, and the losses; by the same random numbers whenever it is asked."""
         found: list[Tensor] = []
-        handle = self.model.register_forward_hook(lambda _, args, out: found.append(first_tensor(out).detach().clone()))
+
+        def keep(_: nn.Module, args: Any, output: Any) -> None:
+            found.extend(x.detach().clone() for x in tensors_in(output) if x.is_floating_point())
+
+        handle = self.model.register_forward_hook(keep)
         try:
             with own_randomness(self._seed):
                 found.append(self._objective.loss(self.model, *inputs, reduction="none").detach())
@@ -196,36 +201,45 @@ def _committed(
 
     Returns the weights as they were, what was rotated, the change and, by name, why others weren't.
     """
-    new = turned(parameters, turnings)
-    originals = {n: parameters[n].detach().to("cpu", copy=True) for n in new}
+    originals = {n: parameters[n].detach().to("cpu", copy=True) for n in _names(turnings)}
     limit = max(TOLERANCE.get(p.dtype, 1e-5) for p in parameters.values() if p.is_floating_point())
+    failed: dict[str, str] = {}
+
+    def change(some: Sequence[Turning]) -> float:
+        put(parameters, turned(parameters, some))
+        return run.change()
+
+    def sound(some: Sequence[Turning]) -> list[Turning]:
+        """Those that leave the answers as they are, found by halving; the weights are as they were."""
+        found = change(some)
+        put(parameters, originals)
+        if found <= limit:
+            return list(some)
+        if len(some) == 1:
+            failed[some[0][0].name] = f"rotated, it would change the outputs by {found:.1e}"
+            return []
+        half = len(some) // 2
+        return sound(some[:half]) + sound(some[half:])
+
     try:
-        put(parameters, new)
-        change = run.change()
-        if change <= limit:
-            return originals, turnings, change, {}
-        sound: list[Turning] = []
-        failed: dict[str, str] = {}
-        for one in turnings:
+        found, kept = change(turnings), list(turnings)
+        if found > limit:
             put(parameters, originals)
-            put(parameters, turned(parameters, [one]))
-            alone = run.change()
-            if alone <= limit:
-                sound.append(one)
-            else:
-                failed[one[0].name] = f"rotated, it would change the outputs by {alone:.1e}"
-        put(parameters, originals)
-        put(parameters, turned(parameters, sound))
-        change = run.change()
-        if sound and change <= limit:
-            touched = {p.parameter for pair, _, _ in sound for p in (*pair.left, *pair.right)}
-            return {n: v for n, v in originals.items() if n in touched}, sound, change, failed
-        put(parameters, originals)
-        together = f"rotated together, they would change the outputs by {change:.1e}"
-        return {}, [], None, {**{pair.name: together for pair, _, _ in turnings}, **failed}
+            kept = sound(turnings)
+            found = change(kept)
+        if not kept or found > limit:
+            put(parameters, originals)
+            together = f"rotated together, they would change the outputs by {found:.1e}"
+            return {}, [], None, {**{pair.name: together for pair, _, _ in turnings}, **failed}
+        return {n: originals[n] for n in _names(kept)}, kept, found, failed
     except BaseException:
         put(parameters, originals)
         raise
+
+
+def _names(turnings: Iterable[Turning]) -> list[str]:
+    """Every parameter that a rotation changes, once."""
+    return list(dict.fromkeys(p.parameter for pair, _, _ in turnings for p in (*pair.left, *pair.right)))
 
 
 @contextmanager
