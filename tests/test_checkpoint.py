@@ -15,9 +15,11 @@ from random_plans import chain
 from torch import nn
 
 from diffprune_fast import from_pretrained
-from diffprune_fast.checkpoint import BUFFERS, CONFIG, WEIGHTS, diffusers_class, save
-from diffprune_fast.manifest import MANIFEST, CheckpointError, pack_runs, read_manifest, unpack_runs
-from diffprune_fast.result import Complexity, PruneResult
+from diffprune_fast.checkpoint import CheckpointError, save
+from diffprune_fast.checkpoint.loading import diffusers_class
+from diffprune_fast.checkpoint.manifest import BUFFERS, CONFIG, MANIFEST, WEIGHTS, pack_runs, read_manifest, unpack_runs
+from diffprune_fast.plan import Complexity
+from diffprune_fast.result import PruneResult, record
 from diffprune_fast.selection import select
 from diffprune_fast.slicing import prune
 from diffprune_fast.tracing import trace
@@ -71,7 +73,7 @@ def uneven():
 
 @pytest.fixture
 def saved(uneven, tmp_path):
-    save(result_of(uneven), tmp_path / "pruned")
+    save(record(result_of(uneven)).model, tmp_path / "pruned")
     return tmp_path / "pruned"
 
 
@@ -81,6 +83,13 @@ def assert_same_model(one, two):
     for name in a:
         assert a[name].dtype == b[name].dtype, name
         assert torch.equal(a[name], b[name]), name
+
+
+def assert_same_function(one, two, call=None):
+    """Equal weights to the bit, equal outputs to rounding: libraries choose kernels by address and threads."""
+    assert_same_model(one, two)
+    call = call or run
+    torch.testing.assert_close(call(one), call(two))
 
 
 def run(model):
@@ -97,22 +106,21 @@ def edit(directory, change):
 
 def test_round_trip_is_exact_to_the_bit(uneven, saved):
     loaded = from_pretrained(saved)
-    assert_same_model(uneven, loaded)
-    assert torch.equal(run(uneven), run(loaded))
+    assert_same_function(uneven, loaded)
     assert loaded.down_blocks[0].resnets[0].conv2.in_channels == 12
     assert not loaded.training
     assert sorted(p.name for p in saved.iterdir()) == sorted([CONFIG, WEIGHTS, MANIFEST])
 
 
 def test_a_loaded_model_can_be_saved_again(uneven, saved, tmp_path):
-    save(result_of(from_pretrained(saved)), tmp_path / "again")
+    save(record(result_of(from_pretrained(saved))).model, tmp_path / "again")
     assert_same_model(uneven, from_pretrained(tmp_path / "again"))
 
 
 def test_saving_twice_replaces_the_first(uneven, saved):
     with torch.no_grad():
         uneven.conv_in.weight.add_(1)
-    save(result_of(uneven), saved)
+    save(record(result_of(uneven)).model, saved)
     assert_same_model(uneven, from_pretrained(saved))
 
 
@@ -122,7 +130,7 @@ def test_whoever_may_read_the_manifest_may_read_the_weights(saved):
 
 def test_half_precision_is_kept_and_can_be_asked_for(uneven, saved, tmp_path):
     assert from_pretrained(saved, torch_dtype=torch.float16).conv_in.weight.dtype == torch.float16
-    save(result_of(uneven.to(torch.bfloat16)), tmp_path / "half")
+    save(record(result_of(uneven.to(torch.bfloat16))).model, tmp_path / "half")
     assert_same_model(uneven, from_pretrained(tmp_path / "half"))
 
 
@@ -171,7 +179,7 @@ def test_the_manifest_tells_how_the_model_came_to_be(saved):
 def test_an_evenly_pruned_model_loads_with_its_own_class(cls, large, small, tmp_path):
     model = cls(**{**large, **small}).eval()
     model.register_to_config(**{k: cls(**large).config[k] for k in small})  # slicing leaves the config as it was
-    save(result_of(model), tmp_path)
+    save(record(result_of(model)).model, tmp_path)
     own, info = cls.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -185,7 +193,7 @@ def test_equal_shapes_with_other_heads_are_no_plain_config(tmp_path):
     model = UNet2DModel(**{**SMALL, "block_out_channels": (12, 24)})
     model.register_to_config(block_out_channels=SMALL["block_out_channels"])
     model.mid_block.attentions[0].heads = 2
-    save(result_of(model), tmp_path)
+    save(record(result_of(model)).model, tmp_path)
     assert read_manifest(tmp_path)["plain_config"] is False
     assert from_pretrained(tmp_path).mid_block.attentions[0].heads == 2
 
@@ -204,7 +212,7 @@ def test_tied_weights_and_unsaved_buffers_of_other_classes(tmp_path):
     pruned = Tied(4)
     pruned.table = torch.tensor([5.0, 3, 2, 1])
     changed = {"a.in_features": 4, "a.out_features": 4, "b.in_features": 4, "b.out_features": 4, "norm.num_features": 4}
-    save(result_of(pruned, attributes=changed), tmp_path)
+    save(record(result_of(pruned, attributes=changed)).model, tmp_path)
     assert (tmp_path / BUFFERS).exists()
     assert not (tmp_path / CONFIG).exists()
     unpruned = Tied()
@@ -230,7 +238,7 @@ def test_an_evenly_pruned_autoencoder_is_saved_as_a_narrower_one(tmp_path):
     assert own.config.block_out_channels == [12, 24]
     image = torch.linspace(-1, 1, 3 * 256).reshape(1, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(own(image).sample, model(image).sample)
+        assert_same_function(own, model, lambda m: m(image).sample)
 
 
 def test_a_unet_pruned_evenly_below_its_first_level_is_saved_as_a_narrower_one(tmp_path):
@@ -243,7 +251,7 @@ def test_a_unet_pruned_evenly_below_its_first_level_is_saved_as_a_narrower_one(t
     own = UNet2DModel.from_pretrained(tmp_path)
     assert own.config.block_out_channels == [16, 24]
     assert own.config.attention_head_dim == 6
-    assert torch.equal(run(own), run(model))
+    assert_same_function(own, model)
 
 
 def test_a_unet_pruned_unevenly_keeps_its_config(tmp_path):
@@ -252,7 +260,7 @@ def test_a_unet_pruned_unevenly_keeps_its_config(tmp_path):
     result = prune_by(model, ratio=0.4, norm_groups="exact", round_to=1, ranking="global")
     result.save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path)
-    assert torch.equal(run(loaded), run(model))
+    assert_same_function(loaded, model)
     assert read_manifest(tmp_path)["keep"].keys() == result.keep.keys()
     assert json.loads((tmp_path / CONFIG).read_text())["block_out_channels"] == [16, 32]
 
@@ -262,7 +270,7 @@ def test_a_pruned_model_can_be_loaded_pruned_again_and_saved(tmp_path):
     prune_by(UNet2DModel(**SMALL), ratio=0.25, round_to=1).save_pretrained(tmp_path / "once")
     model = from_pretrained(tmp_path / "once")
     prune_by(model, ratio=0.3, round_to=1).save_pretrained(tmp_path / "twice")
-    assert torch.equal(run(from_pretrained(tmp_path / "twice")), run(model))
+    assert_same_function(from_pretrained(tmp_path / "twice"), model)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, MANIFEST, CONFIG])
@@ -291,7 +299,7 @@ def test_a_pickle_is_not_opened(saved):
 def test_other_weights_of_the_same_shapes_are_refused_unless_wanted(uneven, saved, tmp_path):
     with torch.no_grad():
         uneven.conv_in.weight.add_(1)
-    save(result_of(uneven), tmp_path / "other")
+    save(record(result_of(uneven)).model, tmp_path / "other")
     (saved / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
     with pytest.raises(CheckpointError, match=r"SHA-256 differs.*verify=False"):
         from_pretrained(saved)
@@ -352,9 +360,9 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(uneven, saved, monkeypat
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("diffprune_fast.checkpoint.save_file", full)
+    monkeypatch.setattr("diffprune_fast.checkpoint.saving.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        save(result_of(uneven), saved)
+        save(record(result_of(uneven)).model, saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
@@ -362,7 +370,7 @@ def test_a_model_without_weights_is_refused(tmp_path):
     with torch.device("meta"):
         model = UNet2DModel(**SMALL)
     with pytest.raises(CheckpointError, match="on the meta device"):
-        save(result_of(model), tmp_path)
+        save(record(result_of(model)).model, tmp_path)
 
 
 @pytest.mark.parametrize("units", [[], [0], [3, 4, 5], [0, 2, 3, 9], list(range(0, 20, 2))])
@@ -379,15 +387,13 @@ def test_runs_that_do_not_rise_are_refused(runs):
 def test_diffusers_own_save_pretrained_writes_the_pruned_model(tmp_path):
     torch.manual_seed(0)
     result = prune_by(UNet2DModel(**SMALL).eval(), ratio=0.4)
-    model, x = result.model, torch.randn(1, 3, 8, 8)
-    with torch.no_grad():
-        want = model(x, 3).sample
-        for i, trained in enumerate([model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]):
-            trained.save_pretrained(tmp_path / str(i))
-            loaded = from_pretrained(tmp_path / str(i))
-            assert torch.equal(loaded(x, 3).sample, want)
-        loaded.save_pretrained(tmp_path / "again")
-        assert torch.equal(from_pretrained(tmp_path / "again")(x, 3).sample, want)
+    model = result.model
+    for i, trained in enumerate([model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]):
+        trained.save_pretrained(tmp_path / str(i))
+        loaded = from_pretrained(tmp_path / str(i))
+        assert_same_function(loaded, model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_function(from_pretrained(tmp_path / "again"), model)
     copied = copy.deepcopy(model)
     copied.conv_in.weight.data.zero_()
     copied.save_pretrained(tmp_path / "zeros")  # its own weights, not those of the model it was copied from
@@ -412,7 +418,7 @@ def test_an_instance_of_another_architecture_is_refused(settings, says, tmp_path
     model = pruned_transformer(tmp_path)
     with pytest.raises(CheckpointError, match=f"the given Transformer is not the model that was pruned: its .*{says}"):
         from_pretrained(tmp_path, Transformer(**settings))
-    assert torch.equal(from_pretrained(tmp_path, Transformer())(*IDS), model(*IDS))
+    assert_same_function(from_pretrained(tmp_path, Transformer()), model, lambda m: m(*IDS))
 
 
 def test_a_plain_module_pruned_twice_loads_into_the_unpruned_one(tmp_path):
@@ -422,6 +428,6 @@ def test_a_plain_module_pruned_twice_loads_into_the_unpruned_one(tmp_path):
         keep = {plan.groups[0].name: np.arange(plan.groups[0].n_units - 1)}
         prune(again, plan, keep, example_inputs=IDS).save_pretrained(tmp_path / "twice")
         loaded = from_pretrained(tmp_path / "twice", Transformer())
-        assert torch.equal(loaded(*IDS), again(*IDS))
+        assert_same_function(loaded, again, lambda m: m(*IDS))
         widths = [(m.in_features, m.out_features) for m in loaded.modules() if isinstance(m, nn.Linear)]
         assert widths == [(m.weight.shape[1], m.weight.shape[0]) for m in loaded.modules() if isinstance(m, nn.Linear)]

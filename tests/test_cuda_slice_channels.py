@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffprune_fast.ops import Slice, cuda, reference, slice_tables
-from diffprune_fast.ops.slice_channels import sliced_shape
+from diffprune_fast.ops import cuda, reference, slice_tables
+from diffprune_fast.ops.slice_channels import Slice, sliced_shape
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 SCHEDULES = {"random": 0, "newest first": 1, "oldest starves": 2, "writes first": 3, "oldest first": 4}

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import diffprune_fast as dpf
-from diffprune_fast.depth import DepthError, Passthrough, find_blocks
-from diffprune_fast.manifest import CheckpointError
+from diffprune_fast.checkpoint import CheckpointError
+from diffprune_fast.depth import DepthError, find_blocks
+from diffprune_fast.pruned import Passthrough
 from diffprune_fast.selection import BudgetError
 
 BY_NAME = {c.name: c for c in [*CASES, *ZOO]}

@@ -8,7 +8,12 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DMode
 from torch import Tensor, nn
 
 from diffprune_fast import evaluation
-from diffprune_fast.evaluation import complexity, diffusion_loss, sample, seconds_per_image, ssim, timing
+from diffprune_fast.evaluation import timing
+from diffprune_fast.evaluation.complexity import complexity
+from diffprune_fast.evaluation.loss import diffusion_loss
+from diffprune_fast.evaluation.sampling import sample
+from diffprune_fast.evaluation.similarity import ssim
+from diffprune_fast.evaluation.timing import seconds_per_image
 
 SHAPE = (6, 1, 8, 8)
 

@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 from zoo_image_transformers import IMAGE_TRANSFORMERS
 
 import diffprune_fast as dpf
-from diffprune_fast.checkpoint import CONFIG
+from diffprune_fast.checkpoint import CheckpointError
+from diffprune_fast.checkpoint.manifest import CONFIG, read_manifest
 from diffprune_fast.cli import app
-from diffprune_fast.image_folder import ImageFolder
-from diffprune_fast.manifest import CheckpointError, read_manifest
-from diffprune_fast.pipelines import encoded
-from diffprune_fast.recovery import finetune
-from diffprune_fast.scoring.conditioning import tensors_in
-from diffprune_fast.scoring.untouched import own_randomness
+from diffprune_fast.objective import ImageFolder
+from diffprune_fast.objective.nested import tensors_in
+from diffprune_fast.objective.randomness import own_randomness
+from diffprune_fast.pipelines.encoding import encoded
+from diffprune_fast.recovery.finetune import finetune
 
 # Schedulers of diffusers hand tensors to NumPy 2 in a way that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from diffprune_fast.recovery import finetune
+from diffprune_fast.recovery.finetune import finetune
 
 
 class Denoiser(nn.Module):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from diffprune_fast.report import Measured, kept_channels, loss_curve, print_table, sample_grids, write_report
-from diffprune_fast.report.page import headline
-from diffprune_fast.report.table import DASH, HEADINGS, cells
+from diffprune_fast.plan import Group, Member, Plan
+from diffprune_fast.report.figures import kept_channels, loss_curve, sample_grids
+from diffprune_fast.report.page import headline, write_report
+from diffprune_fast.report.table import DASH, HEADINGS, Measured, cells, print_table
 from diffprune_fast.scoring import LossCurve
-from diffprune_fast.tracing import Group, Member, Plan
 
 ORIGINAL = Measured("original", 2_500_000, 80_000_000, 0.012, 0.0232)
 PRUNED = Measured("Diff-Pruning", 1_250_000, 40_000_000, 0.008, 0.116, 0.0285, 0.82, 0.943)

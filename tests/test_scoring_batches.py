@@ -11,7 +11,7 @@ import torch
 from scoring_models import images, tiny
 from torch import Tensor
 
-from diffprune_fast.scoring.batches import Batches, check_images, count, in_channels, repeated
+from diffprune_fast.objective.batches import Batches, check_images, count, in_channels, repeated
 
 torch.set_num_threads(1)
 
@@ -64,7 +64,7 @@ def test_a_generator_is_seen_again_from_memory() -> None:
 
 
 def test_what_a_generator_leaves_in_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffprune_fast.scoring.batches.CACHE_BYTES", numbered(0, 4).nbytes)
+    monkeypatch.setattr("diffprune_fast.objective.batches.CACHE_BYTES", numbered(0, 4).nbytes)
     batches = Batches((numbered(i, 2) for i in (0, 2, 4)), accept)
     assert batches.take(6).flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert batches.take(6).flatten().tolist() == [0, 1, 2, 3, 0, 1]

@@ -11,11 +11,12 @@ import torch
 from scoring_models import by_hand, gradients, images, tiny, tiny_plan, weights
 from torch import Tensor, nn
 
-from diffprune_fast.scoring import Scores, make_objective, score
-from diffprune_fast.scoring.accumulate import NOISE, TIMESTEPS, MicroScores, Work
-from diffprune_fast.scoring.timesteps import quad_cells, stratified
-from diffprune_fast.scoring.untouched import generator_for
-from diffprune_fast.tracing import Member
+from diffprune_fast.objective import make_objective
+from diffprune_fast.objective.randomness import NOISE, TIMESTEPS, generator_for, stratified
+from diffprune_fast.plan import Member
+from diffprune_fast.scoring import Scores, score
+from diffprune_fast.scoring.estimators import MicroScores, Work
+from diffprune_fast.scoring.timesteps import quad_cells
 
 torch.set_num_threads(1)
 
@@ -130,7 +131,7 @@ def test_halves_are_the_even_and_the_odd_micro_batches() -> None:
 
 
 def test_no_more_than_a_bucket_of_gradients_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffprune_fast.scoring import accumulate
+    from diffprune_fast.scoring import estimators as accumulate
 
     held: list[int] = []
 
@@ -170,7 +171,7 @@ def test_scoring_stops_when_the_halves_agree_twice_running() -> None:
 
 def test_one_look_that_agrees_by_accident_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter([0.95, 0.5, 0.95, 0.91, 0.99])
-    monkeypatch.setattr("diffprune_fast.scoring.accumulate.keep_set_agreement", lambda *_: next(looks))
+    monkeypatch.setattr("diffprune_fast.scoring.estimators.keep_set_agreement", lambda *_: next(looks))
     found = scored(max_samples=4 * 64, min_samples=4)
     assert found.samples == 4 * 8 * 4
     assert found.agreement == 0.91
@@ -311,7 +312,9 @@ def test_reference_takes_its_first_batch_only() -> None:
 def test_timesteps_that_share_a_pass_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"timesteps": list(range(0, 60, 2))}
     shared = scored("reference", **options)
-    monkeypatch.setattr("diffprune_fast.scoring.reference.OneBatch.passes", lambda self, cells: ([c] for c in cells))
+    monkeypatch.setattr(
+        "diffprune_fast.scoring.reference_loop.OneBatch.passes", lambda self, cells: ([c] for c in cells)
+    )
     alone = scored("reference", **options)
     np.testing.assert_allclose(shared.values, alone.values, rtol=1e-9)
     assert shared.samples == alone.samples

@@ -12,9 +12,9 @@ from models import small_condition_unet, small_unet, small_vae
 from scoring_models import by_hand, gradients, weights
 from torch import nn
 
-from diffprune_fast.scoring import make_objective, score
-from diffprune_fast.scoring.accumulate import NOISE
-from diffprune_fast.scoring.untouched import generator_for
+from diffprune_fast.objective import make_objective
+from diffprune_fast.objective.randomness import NOISE, generator_for
+from diffprune_fast.scoring import score
 from diffprune_fast.tracing import trace
 
 torch.set_num_threads(1)

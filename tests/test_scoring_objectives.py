@@ -23,9 +23,9 @@ from diffusers import (
 from scoring_models import images, tiny
 from torch import Tensor, nn
 
-from diffprune_fast.scoring import make_objective
-from diffprune_fast.scoring.conditioning import read_batch
-from diffprune_fast.scoring.objectives import KL_WEIGHT
+from diffprune_fast.objective import make_objective
+from diffprune_fast.objective.conditioning import read_batch
+from diffprune_fast.objective.loss import KL_WEIGHT
 
 torch.set_num_threads(1)
 

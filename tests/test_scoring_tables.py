@@ -7,9 +7,9 @@ import pytest
 import torch
 from scoring_models import by_hand
 
-from diffprune_fast.ops import channel_scores_
+from diffprune_fast.ops.channel_scores import channel_scores_
+from diffprune_fast.plan import Group, Member, Plan
 from diffprune_fast.scoring.tables import unit_table
-from diffprune_fast.tracing import Group, Member, Plan
 
 
 def plan_of(shapes: dict[str, tuple[int, ...]], *groups: Group, buffers: frozenset[str] = frozenset()) -> Plan:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffprune_fast.objective.randomness import stratified
+from diffprune_fast.plan import Group, Plan
 from diffprune_fast.scoring.scores import LossCurve, keep_set_agreement
-from diffprune_fast.scoring.timesteps import curve_timesteps, quad_cells, stratified
-from diffprune_fast.tracing import Group, Plan
+from diffprune_fast.scoring.timesteps import curve_timesteps, quad_cells
 
 
 def test_the_curve_starts_at_zero_ends_at_the_last_and_is_dense_at_zero() -> None:

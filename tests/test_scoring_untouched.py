@@ -14,10 +14,13 @@ from scoring_models import TinyDenoiser, images, tiny, tiny_plan
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffprune_fast.scoring import make_objective, score
-from diffprune_fast.scoring.accumulate import MicroScores, Work
+from diffprune_fast.objective import make_objective
+from diffprune_fast.objective.isolation import stand_ins
+from diffprune_fast.objective.randomness import own_randomness
+from diffprune_fast.scoring import score
+from diffprune_fast.scoring.checks import check_weights
+from diffprune_fast.scoring.estimators import MicroScores, Work
 from diffprune_fast.scoring.tables import unit_table
-from diffprune_fast.scoring.untouched import check_weights, own_randomness, stand_ins
 
 torch.set_num_threads(1)
 
@@ -166,9 +169,9 @@ def poisoned(name: str) -> TinyDenoiser:
 
 
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "estimator": (call(estimator="fast"), ValueError, "unknown estimator 'fast': one of micro, mean"),
-    "criterion": (call(criterion="obd"), ValueError, "unknown criterion 'obd': one of diff-pruning"),
-    "variant": (call(estimator="reference", variant="v2"), ValueError, "unknown variant 'v2': one of paper"),
+    "estimator": (call(estimator="fast"), ValueError, "estimator='fast': choose one of 'micro', 'mean'"),
+    "criterion": (call(criterion="obd"), ValueError, "criterion='obd': choose one of 'diff-pruning'"),
+    "variant": (call(estimator="reference", variant="v2"), ValueError, "variant='v2': choose one of 'paper'"),
     "variant of another estimator": (call(variant="paper"), ValueError, "variant='paper' is a reading of"),
     "threshold": (call(threshold=1.5), ValueError, "0 <= threshold < 1, not 1.5"),
     "sizes": (call(min_samples=9, max_samples=8), ValueError, "min_samples=9, max_samples=8"),

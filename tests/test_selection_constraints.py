@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from random_plans import chain
 
-from diffprune_fast.selection import violations
-from diffprune_fast.selection.constraints import lattice
-from diffprune_fast.tracing import Constraint
+from diffprune_fast.plan import Constraint, violations
+from diffprune_fast.plan.lattice import lattice
 
 NORM = Constraint("norm", "norm", np.arange(16).reshape(4, 4))
 STRADDLE = Constraint("norm", "norm", np.arange(24).reshape(4, 6))

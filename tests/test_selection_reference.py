@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 
-from diffprune_fast.selection import select, violations
+from diffprune_fast.plan import violations
+from diffprune_fast.selection import select
 from diffprune_fast.tracing import trace
 
 CIFAR = {
@@ -85,7 +86,7 @@ def test_a_quarter_of_the_published_model_is_a_narrower_config_but_for_its_sinus
         {"ratio": 0.3},
         {"ratio": 0.5, "ranking": "global", "round_to": 1},
         {"macs": 0.5},
-        {"macs": 0.35, "blocks": "independent"},
+        {"macs": 0.35, "offsets": "independent"},
         {"params": 0.6, "ranking": "local"},
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import diffprune_fast as dpf
 from diffprune_fast.tracing.labels import compress
-from diffprune_fast.tracing.movement import _reshaped
+from diffprune_fast.tracing.rules.movement import _reshaped
 
 X = (torch.empty(1, 3, 8, 8),)
 

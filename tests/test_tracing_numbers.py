@@ -12,13 +12,14 @@ from oracle import assert_exact, randomised
 from torch import Tensor, nn
 
 import diffprune_fast as dpf
+from diffprune_fast.architectures.inputs import calls_of
+from diffprune_fast.plan import sliced_shapes
 from diffprune_fast.slicing import SliceError
-from diffprune_fast.tracing import GateError, pass_gate, sliced_shapes
+from diffprune_fast.tracing import GateError, pass_gate
+from diffprune_fast.tracing.channels import Nodes
+from diffprune_fast.tracing.graph import Graph
 from diffprune_fast.tracing.grouping import build_plan
-from diffprune_fast.tracing.inputs import calls_of
-from diffprune_fast.tracing.labels import Graph
-from diffprune_fast.tracing.nodes import Nodes
-from diffprune_fast.tracing.walk import Walk
+from diffprune_fast.tracing.tracer import follow
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 Between = Callable[[Tensor], Tensor]
@@ -110,8 +111,7 @@ def test_a_width_that_a_number_follows_stays(name: str) -> None:
 def test_the_gate_refuses_a_keep_set_that_changes_a_number(name: str) -> None:
     model = randomised(Net(FOLLOWING[name]))
     calls = calls_of(model, (X[:1],))
-    walk = Walk(model, nodes := Nodes.of(model), Graph(nodes.total))
-    walk.follow(model, calls)
+    walk = follow(model, nodes := Nodes.of(model), Graph(nodes.total), calls)
     plan = build_plan(model, walk)  # not probed
     fewer = {"a": np.arange(0, 32, 2)}
     with pytest.raises(GateError, match=r"used in model \(.*\) would change: it follows the width"):
