@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ..choices import BlockMethod, check_choice
 from ..objective.batches import Batches, check_batch, count
+from ..objective.checks import check_weights
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.randomness import own_randomness
 from ..plan.blocks import Block, Returns
 from ..plan.plan import Plan
-from ..scoring.checks import AUTOCAST, check_timesteps, check_weights
+from ..scoring.checks import AUTOCAST, check_timesteps
 from ..scoring.estimators import CHECK_EVERY, Work
 from ..scoring.score import counted_timesteps
 from ..scoring.scores import BlockScores

@@ -16,6 +16,7 @@ from ..objective.batches import Batches, count
 from ..objective.loss import Objective
 from ..objective.nested import moved
 from ..objective.randomness import NOISE, TIMESTEPS, generator_for, stratified
+from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
 from .scores import keep_set_agreement
@@ -293,18 +294,3 @@ def _not_finite(name: str) -> str:
         f"the gradient of {name} is NaN or infinite: try the model in single precision or autocast='bf16', "
         "and look for images that are out of range"
     )
-
-
-def rank_and_count() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) where torch.distributed is not in use."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def summed_over_ranks(values: Tensor) -> Tensor:
-    """A copy of ``values``, added up over all ranks."""
-    values = values.clone()
-    if rank_and_count()[1] > 1:
-        torch.distributed.all_reduce(values)
-    return values

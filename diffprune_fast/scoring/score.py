@@ -16,15 +16,17 @@ from torch import nn
 
 from ..choices import Autocast, CriterionName, Estimator, VariantName, check_choice
 from ..objective.batches import Batches, check_batch
+from ..objective.checks import check_weights
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.nested import moved
 from ..objective.randomness import generator_for, own_randomness
+from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
-from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps, check_weights
+from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps
 from .criteria import CRITERIA, Criterion, Variant
-from .estimators import MeanGradient, MicroScores, Work, rank_and_count, summed_over_ranks, until_agreed
+from .estimators import MeanGradient, MicroScores, Work, until_agreed
 from .reference_loop import reference_scores
 from .scores import LossCurve, Scores
 from .tables import UnitTable, unit_table

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffprune_fast.objective import make_objective
+from diffprune_fast.objective.checks import check_weights
 from diffprune_fast.objective.isolation import stand_ins
 from diffprune_fast.objective.randomness import own_randomness
 from diffprune_fast.scoring import score
-from diffprune_fast.scoring.checks import check_weights
 from diffprune_fast.scoring.estimators import MicroScores, Work
 from diffprune_fast.scoring.tables import unit_table
 
