@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scoring.batches import Batches, count
-from ..scoring.conditioning import moved
-from ..scoring.objectives import Objective
-from ..scoring.untouched import generator_for
+from ..objective.batches import Batches, count
+from ..objective.loss import Objective
+from ..objective.nested import moved
+from ..objective.randomness import generator_for
 
 # The place in the seed's tree, beside those of scoring.
 PLACE = 7

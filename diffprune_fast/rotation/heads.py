@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
-from ..tracing.plan import Constraint, Group, Member, Plan
+from ..plan.plan import Constraint, Group, Member, Plan
 
 Kind = Literal["qk", "vo"]
 Sides = tuple[tuple["Place", ...], tuple["Place", ...]]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scoring.accumulate import summed_over_ranks
+from ..objective.ranks import summed_over_ranks
 from .heads import HeadPair, Place
 
 Side = tuple[int, int]  # a pair, and 0 for its left side or 1 for its right

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scoring.accumulate import rank_and_count
-from ..scoring.batches import Batches, check_batch
-from ..scoring.conditioning import tensors_in
-from ..scoring.objectives import LossFunction, Objective, make_objective
-from ..scoring.untouched import check_weights, own_randomness, stand_ins, unwrapped
-from ..tracing.plan import Plan
+from ..objective.batches import Batches, check_batch
+from ..objective.checks import check_weights
+from ..objective.isolation import stand_ins, unwrapped
+from ..objective.loss import LossFunction, Objective, make_objective
+from ..objective.nested import tensors_in
+from ..objective.randomness import own_randomness
+from ..objective.ranks import rank_and_count
+from ..plan.plan import Plan
 from .bases import turning
 from .calibration import draw
 from .heads import HeadPair, find_heads

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from diffprune_fast import prune
+from diffprune_fast.plan import Plan
 from diffprune_fast.rotation import find_heads, rotate_heads
-from diffprune_fast.tracing import Plan, trace
+from diffprune_fast.tracing import trace
 
 CASES = {case.name: case for case in ZOO}
 IMAGES = [torch.zeros(2, 3, 8, 8)]
