@@ -17,6 +17,7 @@ from .depth.shallower import prune_shallower
 from .pipelines import example_call, is_pipeline, opened
 from .result import PruneResult
 from .scoring import first_call, score
+from .scoring.scores import rehearsed_scores
 from .selection import select
 from .slicing import check_optimizer, dry_run, prune
 from .tracing import Plan, trace
@@ -116,7 +117,7 @@ def prune_channels(
         plan = trace(model, example_inputs, units=units)
     traced = time.perf_counter()
 
-    rehearsal = select(plan, np.arange(plan.n_units) % 97 + 1.0, **budget, norm_groups=norm_groups, **selecting)
+    rehearsal = select(plan, rehearsed_scores(plan), **budget, norm_groups=norm_groups, **selecting)
     sliced = dry_run(model, plan, rehearsal.keep, norm_groups=norm_groups, example_inputs=example_inputs)
     check_optimizer(model, optimizer, inplace, {name for name, _ in sliced.kept})
     rehearsed = time.perf_counter()

@@ -32,11 +32,11 @@ def total_kept(selection):
     share=st.floats(0.05, 0.95),
     ranking=st.sampled_from([None, "local", "global"]),
     norm_groups=st.sampled_from(["count", "exact"]),
-    blocks=st.sampled_from(["same", "independent"]),
+    rows=st.sampled_from(["same", "independent"]),
     round_to=st.sampled_from([None, 1, 4, 8]),
 )
 def test_every_selection_holds_its_constraints_and_its_budget(
-    seed, budget, share, ranking, norm_groups, blocks, round_to
+    seed, budget, share, ranking, norm_groups, rows, round_to
 ):
     plan = random_plan(seed)
     try:
@@ -46,7 +46,7 @@ def test_every_selection_holds_its_constraints_and_its_budget(
             **{budget: share},
             ranking=ranking,
             norm_groups=norm_groups,
-            blocks=blocks,
+            rows=rows,
             round_to=round_to,
         )
     except BudgetError:
@@ -90,18 +90,18 @@ def test_no_single_step_more_would_fit_the_budget(seed, share):
 
 @quick
 @given(seed=seeds, share=st.floats(0.1, 0.9))
-def test_same_blocks_keep_the_same_offsets(seed, share):
+def test_same_rows_keep_the_same_offsets(seed, share):
     norm = Constraint("norm", "n", np.arange(64).reshape(8, 8))
     plan = chain([64, 24], [norm])
-    keep = select(plan, scores_for(plan, seed), ratio=share, round_to=1, blocks="same").keep["layer0"]
+    keep = select(plan, scores_for(plan, seed), ratio=share, round_to=1, rows="same").keep["layer0"]
     offsets = [set(keep[keep // 8 == row] % 8) for row in range(8)]
     assert all(o == offsets[0] for o in offsets)
 
 
-def test_independent_blocks_choose_their_own():
+def test_independent_rows_choose_their_own():
     plan = chain([8], [Constraint("norm", "n", np.arange(8).reshape(2, 4))])
     scores = np.array([9.0, 8, 1, 1, 1, 1, 8, 9])
-    own = select(plan, scores, ratio=0.5, round_to=1, blocks="independent")
+    own = select(plan, scores, ratio=0.5, round_to=1, rows="independent")
     assert own.keep["layer0"].tolist() == [0, 1, 6, 7]
     same = select(plan, np.array([9.0, 8, 1, 1, 1, 2, 1, 1]), ratio=0.5, round_to=1)
     assert same.keep["layer0"].tolist() == [0, 1, 4, 5]
@@ -270,7 +270,7 @@ def test_scores_of_another_plan_are_refused():
     ("options", "says"),
     [
         ({"ranking": "gobal"}, "choose 'local' or 'global'"),
-        ({"blocks": "different"}, "choose 'same' or 'independent'"),
+        ({"rows": "different"}, "choose 'independent' or 'same'"),
         ({"norm_groups": "both"}, "choose one of"),
         ({"rounding": "up"}, "choose None or 'reference'"),
         ({"rounding": "reference", "norm_groups": "exact"}, "describes a local ratio"),

@@ -85,7 +85,7 @@ def test_a_quarter_of_the_published_model_is_a_narrower_config_but_for_its_sinus
         {"ratio": 0.3},
         {"ratio": 0.5, "ranking": "global", "round_to": 1},
         {"macs": 0.5},
-        {"macs": 0.35, "blocks": "independent"},
+        {"macs": 0.35, "rows": "independent"},
         {"params": 0.6, "ranking": "local"},
     ],
 )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from ..tracing import Plan
 from .constraints import Lattice
+
+Rows = Literal["independent", "same"]
 
 
 def check_scores(plan: Plan, values: np.ndarray) -> np.ndarray:
@@ -77,22 +80,22 @@ class Ranking:
         return total / np.bincount(at, minlength=first[-1])
 
 
-def rank_units(lattice: Lattice, values: np.ndarray, blocks: str) -> Ranking:
+def rank_units(lattice: Lattice, values: np.ndarray, rows: Rows) -> Ranking:
     """Order the units of every atom by score; equal scores go in the order of their indices, last one first.
 
-    blocks: ``"same"`` averages over the atoms of one group that have the same size, so that each norm group or head
+    rows: ``"same"`` averages over the atoms of one group that have the same size, so that each norm group or head
     keeps the same offsets; ``"independent"`` lets each choose its own.
 
-    Raises ValueError for another ``blocks``.
+    Raises ValueError for other ``rows``.
     """
-    if blocks not in ("same", "independent"):
-        raise ValueError(f"blocks={blocks!r}: choose 'same' or 'independent'")
+    if rows not in get_args(Rows):
+        raise ValueError(f"rows={rows!r}: choose {' or '.join(map(repr, get_args(Rows)))}")
     atom, size = lattice.atom, lattice.atom_size
     start = np.concatenate([[0], np.cumsum(size)])[:-1]
     by_atom = np.argsort(atom, kind="stable")
     offset = np.empty(len(atom), np.int64)
     offset[by_atom] = np.arange(len(atom)) - start[atom[by_atom]]
-    if blocks == "same":
+    if rows == "same":
         kinds = np.unique(np.stack([lattice.atom_group, size]), axis=1, return_inverse=True)[1].reshape(-1)
         # Atoms of one kind share a table of offsets; its start is the running sum of the kinds' sizes.
         kind_size = np.zeros(int(kinds.max(initial=-1)) + 1, np.int64)

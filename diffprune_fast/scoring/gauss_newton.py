@@ -1,0 +1,238 @@
+"""Gauss-Newton unit scores: how much the model's output changes, to first order, when a unit's consumers lose it.
+
+First-order scores of a loss don't compare between groups; these do, because all of them are in units of the output's
+squared error. For the output ``y`` of a sample with ``n`` elements and ``z ~ N(0, 1 / n)``, independent in every
+sample, the sum over a unit's weights of ``theta * d<y, z> / d theta`` is a draw whose mean square is the mean squared
+change of ``y``. One more backward in a pass that is made anyway, and no target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..tracing.plan import Group, Member, Plan
+from .accumulate import Collector, GradientHooks, Work, add_scores, rank_and_count, summed_over_ranks
+from .batches import count
+from .conditioning import tensors_in
+from .tables import UnitTable, unit_table
+from .untouched import generator_for
+
+# The probes' place in the seed's tree; accumulate.NOISE, TIMESTEPS and CURVE are the others.
+PROBES = 4
+BUCKET_BYTES = 32 << 20
+# Objectives that call methods or parts of the model in place of its forward.
+CALLS_PARTS = ("reconstruction", "loss_fn")
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def consumer_table(plan: Plan, model: nn.Module) -> UnitTable:
+    """The table of :func:`consumer_members`."""
+    return unit_table(plan, members=consumer_members(plan, model))
+
+
+def consumer_members(plan: Plan, model: nn.Module) -> dict[str, list[Member]]:
+    """Per group, the places where its channels are read: input channels of convolutions and linear layers.
+
+    What makes, shifts or normalises a channel on its way there would count the same change again. A group that nobody
+    reads through weights (queries and keys meet each other) has the rows of one layer that makes it, with their bias:
+    ``q * dL/dq`` summed over a sample is ``k * dL/dk``, so one side says it all.
+    """
+    modules = dict(model.named_modules())
+    members = {}
+    for group in plan.groups:
+        read = [m for m in group.members if m.parameter not in plan.buffers and m.dim == _side(modules, m, "reads")]
+        members[group.name] = read or _one_side(plan, group, modules)
+    return members
+
+
+def _side(modules: Mapping[str, nn.Module], member: Member, which: str) -> int | None:
+    """The dim along which a weight ``"reads"`` or ``"makes"`` channels; None for what is no such weight."""
+    owner, _, leaf = member.parameter.rpartition(".")
+    module = modules.get(owner)
+    if isinstance(module, nn.MultiheadAttention):
+        reads = 1 if leaf.endswith("proj_weight") else None
+    elif leaf != "weight" or _is_depthwise(module):
+        reads = None
+    elif isinstance(module, TRANSPOSED):
+        reads = 0
+    else:
+        reads = 1 if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else None
+    return reads if which == "reads" or reads is None else 1 - reads
+
+
+def _is_depthwise(module: nn.Module | None) -> bool:
+    """A channel passes through such a convolution on its own, as through a norm."""
+    return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and module.weight.shape[1] == 1 and module.groups > 1
+
+
+def _one_side(plan: Plan, group: Group, modules: Mapping[str, nn.Module]) -> list[Member]:
+    there = [m for m in group.members if m.parameter not in plan.buffers]
+    makers = [m for m in there if m.dim == _side(modules, m, "makes")] or there[:1]
+    if not makers:
+        return []
+    first = makers[0]
+    bias = first.parameter.removesuffix("weight") + "bias"
+    side = [first, *(m for m in there if m.parameter == bias and m is not first)]
+    times = first.index.shape[1]
+    if len({m.parameter for m in makers}) == 1 and times % 2 == 0:
+        # Both sides are rows of one weight (a fused projection): the queries come first.
+        side = [replace(m, index=m.index[:, : times // 2]) for m in side]
+    return side
+
+
+class Probe:
+    """Remembers ``<y, z>`` of the model's output ``y`` during one forward, while it is open.
+
+    The output is that of the last call, with a gradient, of the model; where an objective calls parts of it in place of
+    its forward, of the last part that no other part had called.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._modules = list(work.model.modules()) if work.objective.kind in CALLS_PARTS else [work.model]
+        self._generator = torch.Generator()
+        self._depth = 0
+        self.product: Tensor | None = None
+
+    def forward(self, k: int, loss: Callable[[], Tensor]) -> Tensor:
+        """What ``loss`` says, and beside it the product with the random numbers of micro-batch ``k``."""
+        self._generator, self._depth, self.product = generator_for(self._work.seed, PROBES, k), 0, None
+        handles = [h for m in self._modules for h in self._hooked(m)]
+        try:
+            return loss()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooked(self, module: nn.Module) -> tuple[Any, Any]:
+        return module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)
+
+    def _enter(self, *_: object) -> None:
+        self._depth += 1
+
+    def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
+        self._depth -= 1
+        outputs = [y for y in tensors_in(output) if y.is_floating_point() and y.requires_grad and y.numel()]
+        if self._depth or not outputs:
+            return
+        samples = outputs[0].shape[0] if outputs[0].ndim else 1
+        size = sum(y.numel() for y in outputs) / samples
+        self.product = sum((self._draw(y) * y.to(_wide(y))).sum() for y in outputs) / size**0.5  # type: ignore[assignment]
+
+    def _draw(self, y: Tensor) -> Tensor:
+        z = torch.randn(y.shape, generator=self._generator, dtype=torch.float32)
+        return z.to(y.device, _wide(y), non_blocking=True)
+
+
+def _wide(y: Tensor) -> torch.dtype:
+    return torch.float64 if y.dtype == torch.float64 else torch.float32
+
+
+class WithDamage:
+    """A collector that sums the Gauss-Newton scores in the passes of another one.
+
+    inner: the collector that goes on as it would alone; None: there is only this one. split_ranks: the ranks share
+    the micro-batches.
+    """
+
+    def __init__(self, work: Work, inner: Collector | None, *, split_ranks: bool) -> None:
+        self._work, self._inner, self._split = work, inner, split_ranks
+        self._table = consumer_table(work.plan, work.model)
+        self._parameters = {n: work.parameters[n] for n in self._table.parameters}
+        self._probe = Probe(work)
+        self._current, self._sum = work.new_scores(), work.new_scores()
+        self._waiting: list[str] = []
+        self._bytes = 0
+        self.unseen = False
+
+    def add(self, k: int, loss: Callable[[], Tensor]) -> None:
+        if self.unseen:
+            if self._inner is not None:
+                self._inner.add(k, loss)
+            return
+        value = self._probe.forward(k, loss)
+        product, self._probe.product = self._probe.product, None
+        self.unseen = product is None
+        if product is not None and self._parameters:
+            self._add_squares(product, retain=self._inner is not None)
+        if self._inner is not None:
+            self._inner.add(k, _first(value, loss))
+
+    def halves(self) -> Tensor:
+        assert self._inner is not None
+        return self._inner.halves()
+
+    def total(self) -> Tensor:
+        assert self._inner is not None
+        return self._inner.total()
+
+    def damage(self, samples: int) -> np.ndarray | None:
+        """``(n_units,)``: the mean over ``samples``, those of all ranks; None where no output was seen.
+
+        Raises FloatingPointError where it isn't finite.
+        """
+        unseen = torch.tensor(float(self.unseen), device=self._work.device)
+        if bool(summed_over_ranks(unseen) if self._split else unseen):
+            return None
+        total = summed_over_ranks(self._sum) if self._split else self._sum
+        values = total.double().cpu().numpy() / samples
+        if not np.isfinite(values).all():
+            group = self._work.plan.groups[
+                int(np.searchsorted(self._work.plan.offsets, np.flatnonzero(~np.isfinite(values))[0], "right")) - 1
+            ]
+            raise FloatingPointError(
+                f"the gradient of the model's output is NaN or infinite in the group {group.name}: try the model in "
+                "single precision or autocast='bf16', and look for images that are out of range"
+            )
+        return values
+
+    def _add_squares(self, product: Tensor, retain: bool) -> None:
+        self._current.zero_()
+        for p in self._work.parameters.values():
+            p.grad = None
+        with GradientHooks(self._parameters, self._arrived):
+            product.backward(inputs=list(self._parameters.values()), retain_graph=retain)
+            self._flush()
+        self._sum += self._current.square()
+
+    def _arrived(self, name: str, p: Tensor) -> None:
+        assert p.grad is not None
+        self._waiting.append(name)
+        self._bytes += p.grad.nbytes
+        if self._bytes >= BUCKET_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        add_scores(self._current, self._work, self._table, self._waiting, "signed")
+        for name in self._waiting:
+            self._work.parameters[name].grad = None
+        self._waiting, self._bytes = [], 0
+
+
+def _first(value: Tensor, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``loss``, whose first call has been made already."""
+    ready = [value]
+    return lambda: ready.pop() if ready else loss()
+
+
+def damage_alone(work: Work, *, allowed: np.ndarray, micro_batch: int, samples: int) -> np.ndarray | None:
+    """The Gauss-Newton scores by passes of their own, which the ranks share."""
+    collector = WithDamage(work, None, split_ranks=True)
+    rank, ranks = rank_and_count()
+    seen = 0
+    for k in range(max(1, -(-samples // micro_batch))):
+        batch, t, noise = work.draw(k, micro_batch, allowed)
+        if k % ranks == rank:
+            collector.add(k, partial(work.mean_loss, batch, t, noise))
+        seen += count(batch)
+    work.check_losses()
+    return collector.damage(seen)
