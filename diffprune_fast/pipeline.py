@@ -122,6 +122,7 @@ def prune_channels(
     check_optimizer(model, optimizer, inplace, {name for name, _ in sliced.kept})
     rehearsed = time.perf_counter()
 
+    scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
     scores = score(model, loader, plan, seed=seed, **scoring)
     scored = time.perf_counter()
 
