@@ -126,6 +126,7 @@ def score(
             work = Work(
                 model, plan, objective, batches, parameters, device, seed, AUTOCAST[autocast], backend, progress
             )
+            found: dict[str, Any]
             if not rule.needs_data:
                 estimator, found = "none", {"values": _without_data(model, plan, table, rule, seed, backend)}
             elif estimator.startswith("reference"):

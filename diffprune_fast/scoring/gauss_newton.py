@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..tracing.plan import Group, Member, Plan
+from ..tracing.plan import Member, Plan
 from .accumulate import Collector, GradientHooks, Work, add_scores, rank_and_count, summed_over_ranks
 from .batches import count
 from .conditioning import tensors_in
@@ -49,24 +49,25 @@ def consumer_members(plan: Plan, model: nn.Module) -> dict[str, list[Member]]:
     modules = dict(model.named_modules())
     members = {}
     for group in plan.groups:
-        read = [m for m in group.members if m.parameter not in plan.buffers and m.dim == _side(modules, m, "reads")]
-        members[group.name] = read or _one_side(plan, group, modules)
+        there = [m for m in group.members if m.parameter not in plan.buffers]
+        dims = [_read_dim(modules, m.parameter) for m in there]
+        read = [m for m, dim in zip(there, dims) if m.dim == dim]
+        makers = [m for m, dim in zip(there, dims) if dim is not None and m.dim == 1 - dim]
+        members[group.name] = read or _one_side(makers or there[:1], there)
     return members
 
 
-def _side(modules: Mapping[str, nn.Module], member: Member, which: str) -> int | None:
-    """The dim along which a weight ``"reads"`` or ``"makes"`` channels; None for what is no such weight."""
-    owner, _, leaf = member.parameter.rpartition(".")
+def _read_dim(modules: Mapping[str, nn.Module], parameter: str) -> int | None:
+    """The dim of a convolution's or linear layer's weight that meets its input; None for every other parameter."""
+    owner, _, leaf = parameter.rpartition(".")
     module = modules.get(owner)
     if isinstance(module, nn.MultiheadAttention):
-        reads = 1 if leaf.endswith("proj_weight") else None
-    elif leaf != "weight" or _is_depthwise(module):
-        reads = None
-    elif isinstance(module, TRANSPOSED):
-        reads = 0
-    else:
-        reads = 1 if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else None
-    return reads if which == "reads" or reads is None else 1 - reads
+        return 1 if leaf.endswith("proj_weight") else None
+    if leaf != "weight" or _is_depthwise(module):
+        return None
+    if isinstance(module, TRANSPOSED):
+        return 0
+    return 1 if isinstance(module, (nn.Linear, *CONVOLUTIONS)) else None
 
 
 def _is_depthwise(module: nn.Module | None) -> bool:
@@ -74,16 +75,15 @@ def _is_depthwise(module: nn.Module | None) -> bool:
     return isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and module.weight.shape[1] == 1 and module.groups > 1
 
 
-def _one_side(plan: Plan, group: Group, modules: Mapping[str, nn.Module]) -> list[Member]:
-    there = [m for m in group.members if m.parameter not in plan.buffers]
-    makers = [m for m in there if m.dim == _side(modules, m, "makes")] or there[:1]
+def _one_side(makers: list[Member], there: list[Member]) -> list[Member]:
+    """The first of the layers that make a group's channels, with its bias."""
     if not makers:
         return []
     first = makers[0]
     bias = first.parameter.removesuffix("weight") + "bias"
     side = [first, *(m for m in there if m.parameter == bias and m is not first)]
     times = first.index.shape[1]
-    if len({m.parameter for m in makers}) == 1 and times % 2 == 0:
+    if len(makers) == 1 and times % 2 == 0:
         # Both sides are rows of one weight (a fused projection): the queries come first.
         side = [replace(m, index=m.index[:, : times // 2]) for m in side]
     return side
@@ -126,7 +126,8 @@ class Probe:
             return
         samples = outputs[0].shape[0] if outputs[0].ndim else 1
         size = sum(y.numel() for y in outputs) / samples
-        self.product = sum((self._draw(y) * y.to(_wide(y))).sum() for y in outputs) / size**0.5  # type: ignore[assignment]
+        products = [(self._draw(y) * y.to(_wide(y))).sum() for y in outputs]
+        self.product = torch.stack(products).sum() / size**0.5
 
     def _draw(self, y: Tensor) -> Tensor:
         z = torch.randn(y.shape, generator=self._generator, dtype=torch.float32)
@@ -185,12 +186,12 @@ class WithDamage:
             return None
         total = summed_over_ranks(self._sum) if self._split else self._sum
         values = total.double().cpu().numpy() / samples
-        if not np.isfinite(values).all():
-            group = self._work.plan.groups[
-                int(np.searchsorted(self._work.plan.offsets, np.flatnonzero(~np.isfinite(values))[0], "right")) - 1
-            ]
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            plan = self._work.plan
+            name = plan.groups[int(np.searchsorted(plan.offsets, bad[0], side="right")) - 1].name
             raise FloatingPointError(
-                f"the gradient of the model's output is NaN or infinite in the group {group.name}: try the model in "
+                f"the gradient of the model's output is NaN or infinite in the group {name}: try the model in "
                 "single precision or autocast='bf16', and look for images that are out of range"
             )
         return values

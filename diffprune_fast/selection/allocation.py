@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -41,9 +42,7 @@ def coherent_curves(order: Ranking, damage: np.ndarray) -> list[np.ndarray]:
     first = np.concatenate([[0], np.cumsum(of.levels)])
     at = first[of.cluster[of.atom_group]][of.atom] + order.level
     roots = np.bincount(at, weights=np.sqrt(damage), minlength=int(first[-1]))
-    return [
-        np.concatenate([[0.0], np.cumsum(roots[start:stop])])[::-1] ** 2 for start, stop in zip(first[:-1], first[1:])
-    ]
+    return [np.concatenate([[0.0], np.cumsum(roots[start:stop])])[::-1] ** 2 for start, stop in pairwise(first)]
 
 
 @dataclass(frozen=True)
@@ -122,15 +121,20 @@ class Resource:
         return float((self.scale * sizes[self.factors].prod(axis=1)).sum() + self.constant)
 
     @cached_property
+    def _moves(self) -> np.ndarray:
+        """``(n_terms, width)`` bool: which factors any level changes."""
+        return np.asarray(self.per_level.any(axis=1))[self.factors]
+
+    @cached_property
     def _curved(self) -> np.ndarray:
         """Which terms have more than two factors that anything changes: the rest is a quadratic form."""
-        return self.per_level.any(axis=1)[self.factors].sum(axis=1) > 2
+        return self._moves.sum(axis=1) > 2
 
     @cached_property
     def _quadratic(self) -> tuple[np.ndarray, np.ndarray]:
         """Slope at no levels, ``(n_clusters,)``, and second derivatives, ``(n_clusters, n_clusters)``, of the rest."""
         scale, factors = self.scale[~self._curved], self.factors[~self._curved]
-        moves = self.per_level.any(axis=1)[factors]
+        moves = self._moves[~self._curved]
         # The two factors that may change first; all others are constants of the scale.
         ordered = np.take_along_axis(factors, np.argsort(~moves, axis=1, kind="stable"), axis=1)
         scale = scale * self.base[ordered[:, 2:]].prod(axis=1)

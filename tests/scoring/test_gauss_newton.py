@@ -217,9 +217,7 @@ def test_queries_and_keys_are_scored_by_one_side(bias: bool) -> None:
     assert len(members[name]) == 1 + bias
     other = {"to_q": "to_k", "to_k": "to_q"}[side.pop()]
     swapped = {**members, name: [m for m in plan[name].members if m.parameter.startswith(other)]}
-    np.testing.assert_allclose(
-        signed(plan, members, model, x), signed(plan, swapped, model, x), rtol=1e-9, atol=1e-12
-    )
+    np.testing.assert_allclose(signed(plan, members, model, x), signed(plan, swapped, model, x), rtol=1e-9, atol=1e-12)
 
 
 def test_a_fused_projection_counts_as_separate_ones() -> None:
@@ -295,7 +293,11 @@ def test_without_any_call_there_is_none() -> None:
 def on_rank(rank: int, ranks: int, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
-    found = [scored(timesteps=ALLOWED), scored("mean", timesteps=ALLOWED), scored(criterion="random", timesteps=ALLOWED)]
+    found = [
+        scored(timesteps=ALLOWED),
+        scored("mean", timesteps=ALLOWED),
+        scored(criterion="random", timesteps=ALLOWED),
+    ]
     np.save(f"{path}.{rank}.npy", np.stack([f.damage for f in found]))
     torch.distributed.destroy_process_group()
 
