@@ -21,7 +21,7 @@ from .batches import Batches, check_batch
 from .calls import first_call
 from .conditioning import moved
 from .criteria import CRITERIA, VARIANTS, Criterion, Variant
-from .gauss_newton import WithDamage, damage_alone
+from .gauss_newton import SAMPLES, estimated_damage
 from .objectives import LossFunction, Objective, make_objective
 from .reference import reference_scores
 from .scores import LossCurve, Scores, keep_set_agreement
@@ -92,8 +92,8 @@ def score(
     micro_batch, min_samples, max_samples: in samples; min_samples is 512 if not given, or max_samples where that is
     less; at least 16 micro-batches are taken if max_samples allows. agreement: stop when the keep-sets (at
     agreement_ratio) of the two halves agree this much twice running. autocast: None or "bf16".
-    damage: also estimate what the output loses with each unit, for ``select(allocation="gauss-newton")``: one more
-    backward in the same passes, or min_samples passes of its own for criteria and estimators that draw no samples.
+    damage: with a loader, also estimate what the output loses with each unit, which ``select`` allocates by: 512 samples
+    more, or max_samples where that is less, at all timesteps, whatever the criterion and the estimator.
 
     In torch.distributed the ranks share the micro-batches of "micro" and end with the same scores as one process,
     provided that every rank's loader yields the same batches; other estimators run in full on every rank.
@@ -144,11 +144,11 @@ def score(
                     max_samples=max_samples,
                     agreement=agreement,
                     agreement_ratio=agreement_ratio,
-                    damage=damage,
                 )
-            if damage and "damage" not in found:
+            if damage:
                 every = np.arange(objective.n_timesteps) if asked is None else asked
-                found["damage"] = damage_alone(work, allowed=every, micro_batch=micro_batch, samples=least)
+                most = min(SAMPLES, max_samples)
+                found["damage"] = estimated_damage(work, allowed=every, micro_batch=micro_batch, samples=most)
     return Scores(
         estimator=estimator,
         criterion=criterion,
@@ -167,19 +167,13 @@ def _sampled(
     rule: Criterion,
     threshold: float | None,
     asked: np.ndarray | None,
-    damage: bool,
     **limits: Any,
 ) -> dict[str, Any]:
     curve, allowed = counted_timesteps(work, threshold) if asked is None else (None, asked)
     element = rule.element or "abs"
-    inner = MicroScores(work, table, element) if estimator == "micro" else MeanGradient(work, table, element)
-    split = estimator == "micro"
-    collector = WithDamage(work, inner, split_ranks=split) if damage else inner
-    values, samples, agreed = until_agreed(work, collector, allowed=allowed, split_ranks=split, **limits)
-    found = {"values": values, "samples": samples, "agreement": agreed, "curve": curve}
-    if isinstance(collector, WithDamage):
-        found["damage"] = collector.damage(samples)
-    return found
+    collector = MicroScores(work, table, element) if estimator == "micro" else MeanGradient(work, table, element)
+    values, samples, agreed = until_agreed(work, collector, allowed=allowed, split_ranks=estimator == "micro", **limits)
+    return {"values": values, "samples": samples, "agreement": agreed, "curve": curve}
 
 
 def _reference(
