@@ -18,6 +18,7 @@ VariantName = Literal["paper", "ddpm_exp", "ddpm_prune", "ldm_exp"]
 Autocast = Literal["bf16", "bfloat16"]
 # Selection, see `select`.
 RankingName = Literal["local", "global"]
+Allocation = Literal["gauss-newton", "mean"]
 Rounding = Literal["reference"]
 Offsets = Literal["independent", "same"]
 # Depth: how a block's worth is found, see `score_blocks`.

@@ -28,6 +28,7 @@ from ..plan.plan import Plan
 from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps
 from .criteria import CRITERIA, Criterion, Variant
 from .estimators import MeanGradient, MicroScores, Work, until_agreed
+from .gauss_newton import SAMPLES, estimated_damage
 from .reference_loop import reference_scores
 from .scores import LossCurve, Scores
 from .tables import UnitTable, unit_table
@@ -65,6 +66,7 @@ def score(
     progress: bool = True,
     autocast: Autocast | torch.dtype | None = None,
     timesteps: Sequence[int] | None = None,
+    damage: bool = True,
     backend: str = "auto",
 ) -> Scores:
     """How much every unit of ``plan`` matters to the diffusion loss. The model is as before when this ends.
@@ -84,6 +86,8 @@ def score(
     micro_batch, min_samples, max_samples: in samples; min_samples is 512 if not given, or max_samples where that is
     less; at least 16 micro-batches are taken if max_samples allows. agreement: stop when the keep-sets (at
     agreement_ratio) of the two halves agree this much twice running. autocast: None or "bf16".
+    damage: with a loader, also estimate what the output loses with each unit, which ``select`` allocates by: 512
+    samples more, or max_samples where that is less, at all timesteps, whatever the criterion and the estimator.
 
     In torch.distributed the ranks share the micro-batches of "micro" and end with the same scores as one process,
     provided that every rank's loader yields the same batches; other estimators run in full on every rank.
@@ -103,7 +107,7 @@ def score(
     table = unit_table(plan)
     check_plan(model, plan, table)
     device = check_weights(model)
-    if not rule.needs_data:
+    if not rule.needs_data and (loader is None or not damage):
         values = _without_data(model, plan, table, rule, seed, backend)
         return Scores(values, "none", criterion, seed, seconds=time.perf_counter() - begin)
     objective = make_objective(model, scheduler, loss_fn).on(device)
@@ -126,7 +130,10 @@ def score(
                 backend=backend,
                 progress=progress,
             )
-            if estimator.startswith("reference"):
+            found: dict[str, Any]
+            if not rule.needs_data:
+                found = {"values": _without_data(model, plan, table, rule, seed, backend)}
+            elif estimator.startswith("reference"):
                 found = _reference(work, estimator, reading, rule, variant, limit, asked)
             else:
                 found = _sampled(
@@ -142,8 +149,12 @@ def score(
                     agreement=agreement,
                     agreement_ratio=agreement_ratio,
                 )
+            if damage:
+                every = np.arange(objective.n_timesteps) if asked is None else asked
+                most = min(SAMPLES, max_samples)
+                found["damage"] = estimated_damage(work, allowed=every, micro_batch=micro_batch, samples=most)
     return Scores(
-        estimator=estimator,
+        estimator=estimator if rule.needs_data else "none",
         criterion=criterion,
         seed=seed,
         agreement_ratio=agreement_ratio,
