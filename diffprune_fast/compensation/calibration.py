@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scoring.accumulate import rank_and_count
-from ..scoring.batches import Batches, check_batch, count, join, part
-from ..scoring.conditioning import map_tensors, moved, tensors_in
-from ..scoring.objectives import LossFunction, dtype_of, images_of, make_objective
-from ..scoring.untouched import generator_for, own_randomness, stand_ins
+from ..objective.batches import Batches, check_batch, count, join, part
+from ..objective.isolation import stand_ins
+from ..objective.loss import LossFunction, dtype_of, images_of, make_objective
+from ..objective.nested import map_tensors, moved, tensors_in
+from ..objective.randomness import generator_for, own_randomness
+from ..objective.ranks import rank_and_count
 
 # Places in the seed's tree, beside those of scoring.
 SAMPLES, POSITIONS = 40, 41

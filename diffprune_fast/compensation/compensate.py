@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scoring.objectives import LossFunction
-from ..scoring.untouched import check_weights, unwrapped
+from ..objective.checks import check_weights
+from ..objective.isolation import unwrapped
+from ..objective.loss import LossFunction
 from .calibration import Calibration, asleep, called, drawn
 from .consumers import Consumer, Kept, consumers, norms
 from .estimates import MODES, CompensationMode, Estimate, decided, measured

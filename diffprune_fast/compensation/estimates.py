@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..tracing.plan import Keep, Plan
+from ..plan.plan import Keep, Plan
 from .calibration import Calibration
 from .consumers import Consumer
 from .patches import CHUNK_BYTES, channel_dim, positions_of

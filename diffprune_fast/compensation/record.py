@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scoring.untouched import generator_for
+from ..objective.randomness import generator_for
 from .calibration import POSITIONS, Calibration
 from .consumers import Consumer
 from .patches import positions_of, values_at

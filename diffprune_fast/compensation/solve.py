@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scoring.accumulate import rank_and_count
+from ..objective.ranks import rank_and_count
 from .calibration import Calibration
 from .consumers import Consumer
 from .estimates import Form

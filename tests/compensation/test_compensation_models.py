@@ -11,10 +11,11 @@ from models import small_condition_unet, small_unet, small_vae
 from torch import Tensor, nn
 
 from diffprune_fast.compensation import Compensation, compensate, estimates
-from diffprune_fast.scoring.conditioning import read_batch
-from diffprune_fast.selection import select
-from diffprune_fast.slicing import prune
-from diffprune_fast.tracing import sliced_shapes, trace
+from diffprune_fast.objective.conditioning import read_batch
+from diffprune_fast.plan.keep_sets import sliced_shapes
+from diffprune_fast.selection.select import select
+from diffprune_fast.slicing.prune import prune
+from diffprune_fast.tracing.trace import trace
 
 
 def stirred(model: nn.Module) -> nn.Module:
