@@ -6,20 +6,19 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..choices import CompensationMode
 from ..plan.plan import Keep, Plan
 from .calibration import Calibration
 from .consumers import Consumer
 from .patches import CHUNK_BYTES, channel_dim, positions_of
 from .record import watched
 
-CompensationMode = Literal["auto", "full", "channels"]
-MODES = get_args(CompensationMode)
 Form = Literal["full", "channels", "gradients"]
 # "auto" takes what is worth most while it is estimated to stay below this, or below so many times what mixed channels
 # take (the models' own forwards may be what takes long).
@@ -161,7 +160,7 @@ def estimate(
         taps = int(np.prod(kernel, dtype=np.int64))
         places = samples * round(cost.scale * float(np.prod(sizes[list(cost.extents)])) / (out * channels * taps))
         columns = (channels - lost[name, 1]) * taps
-        works[path] = Work(name, places, places, 1, columns, out - lost.get((name, 0), 0), taps, channels, 4)
+        works[path] = Work(path, places, places, 1, columns, out - lost.get((name, 0), 0), taps, channels, 4)
     forward = samples * (plan.macs() + plan.macs(counts)) / 2 / throughput(device)
     return decided(list(works.values()), mode, device, forward)
 
