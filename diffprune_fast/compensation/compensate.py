@@ -17,7 +17,7 @@ from ..objective.isolation import unwrapped
 from ..objective.loss import LossFunction
 from .calibration import Calibration, asleep, called, drawn
 from .consumers import Consumer, Kept, consumers, norms
-from .estimates import Estimate, decided, measured
+from .estimates import Estimate, agreed, decided, means_of, measured
 from .record import record
 from .solve import Solver
 
@@ -170,7 +170,8 @@ def _compensated(
 
     with asleep(dense), asleep(pruned):
         works, forward = measured(dense, pruned, layers, data)
-        plan: Estimate = decided(works, mode, next(pruned.parameters()).device, forward)
+        device = next(pruned.parameters()).device
+        plan: Estimate = decided(works, mode, *agreed(means_of(device), forward, device))
         before = {"dense": data.loss(dense), "sliced": data.loss(pruned)}
         for name, value in before.items():
             if not math.isfinite(value):
