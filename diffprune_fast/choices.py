@@ -23,6 +23,8 @@ Rounding = Literal["reference"]
 Offsets = Literal["independent", "same"]
 # Depth: how a block's worth is found, see `score_blocks`.
 BlockMethod = Literal["first-order", "loss"]
+# Compensation: what the layers are solved for, see `compensate`.
+CompensationMode = Literal["auto", "full", "channels"]
 
 
 def check_choice(name: str, value: object, alias: Any) -> None:

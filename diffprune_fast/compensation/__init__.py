@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from ..choices import CompensationMode
 from .compensate import Compensation, compensate
-from .estimates import CompensationMode, Estimate, estimate
+from .estimates import Estimate, estimate
 
 __all__ = ["Compensation", "CompensationMode", "Estimate", "compensate", "estimate"]

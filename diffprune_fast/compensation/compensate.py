@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..choices import CompensationMode, check_choice
 from ..objective.checks import check_weights
 from ..objective.isolation import unwrapped
 from ..objective.loss import LossFunction
 from .calibration import Calibration, asleep, called, drawn
 from .consumers import Consumer, Kept, consumers, norms
-from .estimates import MODES, CompensationMode, Estimate, decided, measured
+from .estimates import Estimate, agreed, decided, means_of, measured
 from .record import record
 from .solve import Solver
 
@@ -76,30 +77,47 @@ def compensate(
     autocast: str | torch.dtype | None = None,
     progress: bool = True,
 ) -> Compensation:
-    """Solve the layers of ``pruned`` that lost inputs, so that they answer as the dense model's do. In place.
+    """Solve the layers of a pruned model that lost inputs, so that they answer as the dense model's do. In place.
 
     Layer after layer, in the order in which the pruned model calls them, the weights become the ridge solution from
-    the layer's inputs, as the layers before it make them now, to the dense layer's outputs. Nothing is trained.
+    the layer's inputs, as the layers before it make them now, to the dense layer's outputs; norms that lost channels
+    get the weight and bias that fit best. Nothing is trained. In torch.distributed the ranks share the samples and end
+    with the same weights, provided that every rank's loader yields the same batches.
 
-    pruned, dense: two models of which the second is only read. kept: ``(parameter, dim)`` to the ``(n,)`` sorted
-    indices of the dense parameter that the pruned model has, as ``Sliced.kept``; places that kept all may be missing.
-    loader, scheduler, loss_fn, autocast: as in :func:`~diffprune_fast.scoring.score`. calibration: in place of a
-    loader, forward calls of the model: tuples of positional arguments, dicts of named ones, or pairs of both.
-    mode: ``"full"`` solves for every weight; ``"channels"`` gives convolutions one mixing of the channels that are left
-    for all places of the kernel, which is far cheaper and worth about two thirds; ``"auto"`` takes the first where it
-    is estimated to end within ten minutes. samples: inputs to solve from, 128 if not given. ridge: what a change of the
-    weights costs, as a share of the inputs' mean square.
-
-    In torch.distributed the ranks share the samples and end with the same weights, provided that every rank's loader
-    yields the same batches.
+    Args:
+        pruned: the model to solve.
+        dense: the model that it was; it is only read.
+        loader: images as for :func:`~diffprune_fast.score`; noised at ``t = T * u^1.5``, u uniform.
+        kept: ``(parameter, dim)`` to the ``(n,)`` indices of the dense parameter that the pruned model has, as
+            ``Sliced.kept``; places that kept all may be missing.
+        scheduler, loss_fn, autocast: as for :func:`~diffprune_fast.score`.
+        mode: ``"full"`` solves for every weight; ``"channels"`` gives convolutions one mixing of the channels that are
+            left for all places of the kernel, which is far cheaper and worth about two thirds; ``"auto"`` takes the
+            first where it is estimated to end within ten minutes, or within twice the second's time.
+        samples: inputs to solve from; 128 if not given.
+        seed: the same one gives the same weights.
+        ridge: what a change of the weights costs, as a share of the inputs' mean square.
+        calibration: in place of a loader, forward calls of the model: tuples of positional arguments, dicts of named
+            ones, or pairs of both; a third of their samples is held back for the losses.
+        progress: shows a bar.
 
     Returns:
-        The losses of the three models on other samples, and what was done. Where the loss isn't lower, the sliced
-        weights stay. After an error or an interrupt they stay too, bit for bit.
+        The losses of the three models on samples that nothing was solved from, and what was done. Where the loss isn't
+        lower the sliced weights stay. After an error or an interrupt they stay too, bit for bit.
 
     Raises:
         ValueError, TypeError: an argument, a loader or ``kept`` that doesn't fit. FloatingPointError: a loss that is
         NaN or infinite before anything was solved.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> dense = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+        >>> pruned = torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.Linear(3, 2))
+        >>> kept = {("0.weight", 0): np.arange(3), ("0.bias", 0): np.arange(3), ("1.weight", 1): np.arange(3)}
+        >>> x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        >>> found = compensate(pruned, dense, kept=kept, calibration=[(x,)], progress=False)
+        >>> found.layers, found.compensated < found.sliced
+        (('1',), True)
     """
     begin = time.perf_counter()
     _check(loader, calibration, mode, samples, ridge, autocast)
@@ -152,7 +170,8 @@ def _compensated(
 
     with asleep(dense), asleep(pruned):
         works, forward = measured(dense, pruned, layers, data)
-        plan: Estimate = decided(works, mode, next(pruned.parameters()).device, forward)
+        device = next(pruned.parameters()).device
+        plan: Estimate = decided(works, mode, *agreed(means_of(device), forward, device))
         before = {"dense": data.loss(dense), "sliced": data.loss(pruned)}
         for name, value in before.items():
             if not math.isfinite(value):
@@ -197,8 +216,7 @@ def put(model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor | None]]) -
 def _check(loader: Any, calibration: Any, mode: str, samples: int | None, ridge: float, autocast: Any) -> None:
     if (loader is None) == (calibration is None):
         raise ValueError("compensation needs inputs: give a loader or calibration=, one of the two")
-    if mode not in MODES:
-        raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode!r}")
+    check_choice("mode", mode, CompensationMode)
     if samples is not None and samples < 1:
         raise ValueError(f"samples={samples}: at least one")
     if not 0 <= ridge < math.inf:

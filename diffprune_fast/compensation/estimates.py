@@ -6,20 +6,20 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..choices import CompensationMode
+from ..objective.ranks import rank_and_count
 from ..plan.plan import Keep, Plan
 from .calibration import Calibration
 from .consumers import Consumer
 from .patches import CHUNK_BYTES, channel_dim, positions_of
 from .record import watched
 
-CompensationMode = Literal["auto", "full", "channels"]
-MODES = get_args(CompensationMode)
 Form = Literal["full", "channels", "gradients"]
 # "auto" takes what is worth most while it is estimated to stay below this, or below so many times what mixed channels
 # take (the models' own forwards may be what takes long).
@@ -161,19 +161,42 @@ def estimate(
         taps = int(np.prod(kernel, dtype=np.int64))
         places = samples * round(cost.scale * float(np.prod(sizes[list(cost.extents)])) / (out * channels * taps))
         columns = (channels - lost[name, 1]) * taps
-        works[path] = Work(name, places, places, 1, columns, out - lost.get((name, 0), 0), taps, channels, 4)
-    forward = samples * (plan.macs() + plan.macs(counts)) / 2 / throughput(device)
-    return decided(list(works.values()), mode, device, forward)
+        works[path] = Work(path, places, places, 1, columns, out - lost.get((name, 0), 0), taps, channels, 4)
+    means = means_of(device)
+    forward = samples * (plan.macs() + plan.macs(counts)) / 2 / means.rate
+    return decided(list(works.values()), mode, means, forward)
 
 
-def decided(works: Sequence[Work], mode: CompensationMode, device: torch.device, forward: float) -> Estimate:
-    """The form of every layer."""
-    rate = throughput(device)
-    room, host = SHARE * free_bytes(device), SHARE * free_bytes(torch.device("cpu"))
+@dataclass(frozen=True)
+class Means:
+    """What there is to work with: multiply-accumulates a second, bytes for a layer's matrix, bytes for all targets."""
+
+    rate: float
+    room: float
+    host: float
+
+
+def means_of(device: torch.device) -> Means:
+    return Means(throughput(device), SHARE * free_bytes(device), SHARE * free_bytes(torch.device("cpu")))
+
+
+def agreed(means: Means, forward: float, device: torch.device) -> tuple[Means, float]:
+    """The least that any rank has, so that all decide alike."""
+    if rank_and_count()[1] == 1:
+        return means, forward
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    least = torch.tensor([means.rate, means.room, means.host, forward], dtype=dtype, device=device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    rate, room, host, forward = least.tolist()
+    return Means(rate, room, host), forward
+
+
+def decided(works: Sequence[Work], mode: CompensationMode, means: Means, forward: float) -> Estimate:
+    """The form of every layer. forward: seconds of a forward of all samples."""
 
     def formed(mode: str) -> tuple[dict[str, Form], float]:
-        forms = {w.name: _form(w, mode, room) for w in works}
-        return forms, sum(w.operations(forms[w.name]) for w in works) / rate + 2 * forward
+        forms = {w.name: _form(w, mode, means.room) for w in works}
+        return forms, sum(w.operations(forms[w.name]) for w in works) / means.rate + 2 * forward
 
     forms, seconds = formed("channels" if mode == "channels" else "full")
     chosen, why = mode, "asked for"
@@ -188,7 +211,7 @@ def decided(works: Sequence[Work], mode: CompensationMode, device: torch.device,
         why += f"; {len(wide)} layers by conjugate gradients, their matrices don't fit"
     targets = sum(w.target_bytes(forms[w.name]) for w in works)
     largest = max((w.matrix_bytes(forms[w.name]) for w in works), default=0)
-    half = targets > host
+    half = targets > means.host
     rows = {w.name: w.rows(forms[w.name]) for w in works}
     total = (targets // 2 if half else targets) + largest + 3 * CHUNK_BYTES
     return Estimate(chosen, why, forms, rows, seconds, total, half)

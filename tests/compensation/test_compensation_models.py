@@ -10,12 +10,12 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from models import small_condition_unet, small_unet, small_vae
 from torch import Tensor, nn
 
-from diffprune_fast.compensation import Compensation, compensate, estimates
+from diffprune_fast.compensation import Compensation, compensate, estimate, estimates
 from diffprune_fast.objective.conditioning import read_batch
-from diffprune_fast.plan import sliced_shapes
-from diffprune_fast.selection import select
-from diffprune_fast.slicing import prune
-from diffprune_fast.tracing import trace
+from diffprune_fast.plan.keep_sets import sliced_shapes
+from diffprune_fast.selection.select import select
+from diffprune_fast.slicing.prune import prune
+from diffprune_fast.tracing.trace import trace
 
 
 def stirred(model: nn.Module) -> nn.Module:
@@ -109,3 +109,30 @@ def test_layers_whose_matrices_do_not_fit_are_solved_by_gradients(monkeypatch: p
     found = pruned_and_compensated("UNet2DModel")
     assert "by conjugate gradients, their matrices don't fit" in found.why
     assert found.compensated == pytest.approx(whole.compensated, rel=0.1)
+
+
+def test_a_dry_run_expects_what_the_real_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimates, "throughput", lambda device: 1e12)
+    torch.manual_seed(0)
+    dense = stirred(small_unet(**UNET)).eval()
+    plan = trace(dense)
+    keep = select(plan, torch.rand(plan.n_units).numpy(), ratio=0.3).keep
+    pruned = prune(dense, plan, keep, inplace=False).model
+    kept = sliced_shapes(dense, plan, keep).kept
+    expected = estimate(plan, keep, samples=16)
+    found = compensate(pruned, dense, [drawn(24, 3, 16, 16)], kept=kept, samples=16, progress=False)
+    convolutions = {n for n in found.layers if not n.rpartition(".")[2].startswith(("norm", "group_norm", "conv_norm"))}
+    assert set(expected.forms) == convolutions
+    assert expected.bytes == pytest.approx(found.bytes, rel=0.2)
+    assert expected.mode == found.mode == "full"
+
+
+def test_auto_mixes_channels_where_full_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = trace(small_unet(**UNET))
+    counts = plan.counts() // 2
+    assert estimate(plan, counts).mode == "full"
+    monkeypatch.setattr(estimates, "throughput", lambda device: 1e5)
+    monkeypatch.setattr(type(plan), "macs", lambda *_: 0)  # the forward takes no time
+    found = estimate(plan, counts)
+    assert found.mode == "channels"
+    assert "full would take about" in found.why

@@ -116,3 +116,31 @@ def test_a_layer_that_is_called_twice_is_solved_at_its_first_call() -> None:
     found = compensate(pruned, net, kept=kept, calibration=[{"x": x}], ridge=1e-13, progress=False)
     assert found.layers == ("shared",)
     torch.testing.assert_close(pruned(x), net(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.LayerNorm(8)])
+def test_a_norm_gets_the_line_from_its_normalised_inputs_to_the_dense_ones_outputs(norm: nn.Module) -> None:
+    grouped = isinstance(norm, nn.GroupNorm)
+    layer = (lambda a, b: nn.Conv2d(a, b, 1)) if grouped else nn.Linear
+    dense = double(Two(layer(4, 8), layer(8, 3), norm))
+    k = np.array([0, 1, 2, 4, 5, 6])
+    places = [("first.weight", 0), ("first.bias", 0), ("between.weight", 0), ("between.bias", 0), ("second.weight", 1)]
+    kept = dict.fromkeys(places, k)
+    changes = {"between__num_channels": 6} if grouped else {"between__normalized_shape": (6,)}
+    pruned = sliced(dense, kept, **changes)
+    x = image(channels=4) if grouped else image(channels=4).movedim(1, -1)
+    seen = x[:8]  # of twelve; the rest is held back
+    with torch.no_grad():
+        plain, wanted = pruned.first(seen), dense.between(dense.first(seen))
+        ones = torch.ones(6, dtype=torch.float64)
+        if grouped:
+            u = nn.functional.group_norm(plain, 2, ones).movedim(1, -1).flatten(0, -2)
+            y = wanted[:, k].movedim(1, -1).flatten(0, -2)
+        else:
+            u, y = nn.functional.layer_norm(plain, (6,), ones).flatten(0, -2), wanted[..., k].flatten(0, -2)
+    found = compensate(pruned, dense, kept=kept, calibration=[(x,)], ridge=1e-13, progress=False)
+    assert found.helped
+    assert found.layers == ("between", "second")
+    lines = np.stack([np.polyfit(u[:, i].numpy(), y[:, i].numpy(), 1) for i in range(6)])
+    np.testing.assert_allclose(pruned.between.weight.detach().numpy(), lines[:, 0], rtol=1e-8)
+    np.testing.assert_allclose(pruned.between.bias.detach().numpy(), lines[:, 1], rtol=1e-7, atol=1e-9)

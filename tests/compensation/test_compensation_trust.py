@@ -296,7 +296,7 @@ def test_kept_of_another_model_is_refused() -> None:
     [
         ({}, "one of the two"),
         ({"calibration": []}, "calibration is empty"),
-        ({"calibration": [(1,)], "mode": "half"}, "mode is one of auto, full, channels"),
+        ({"calibration": [(1,)], "mode": "half"}, "mode='half': choose one of 'auto', 'full', 'channels'"),
         ({"calibration": [(1,)], "samples": 0}, "at least one"),
         ({"calibration": [(1,)], "ridge": -1.0}, "ridge"),
         ({"calibration": [(1,)], "autocast": "fp16"}, "autocast"),
