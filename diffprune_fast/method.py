@@ -1,4 +1,4 @@
-"""The method in one function: trace, score, select, slice."""
+"""The method in one function: trace, score, select, slice, compensate."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from . import compensation
 from .architectures.inputs import knows_inputs
-from .choices import NormGroups, Units
+from .choices import CompensationMode, NormGroups, Units
 from .depth.shallower import Budget, shallower
+from .objective.batches import replayed
 from .objective.calls import first_call
 from .pipelines.encoding import example_call
 from .pipelines.target import Target, find_target
-from .plan.plan import Plan
+from .plan.keep_sets import sliced_shapes
+from .plan.plan import Keep, Plan
 from .result import PruneResult, record
+from .rotation.rotate import rotated
 from .scoring.options import ScoreOptions
 from .scoring.score import score
 from .scoring.scores import rehearsed_scores
@@ -50,6 +55,8 @@ def score_and_prune(
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     plan: Plan | None = None,
     drop_blocks: int | str | Sequence[str] | None = None,
+    rotate: bool = True,
+    compensate: CompensationMode | bool = "auto",
     seed: int = 0,
     **options: Unpack[Options],
 ) -> PruneResult:
@@ -74,6 +81,11 @@ def score_and_prune(
         plan: what :func:`trace` gave, if it is there already.
         drop_blocks: whole residual blocks go first, so many of those that cost least, or the ones named (see
             :func:`drop_blocks`); a share asked of params or macs is one of the whole model.
+        rotate: with a loader (and no optimizer, whose state would be of another basis), attention heads get another
+            basis first, in which their least needed directions are single dims; the model computes the same. See
+            :func:`~diffprune_fast.rotation.rotate_heads`.
+        compensate: with a loader, the layers that lost inputs are solved anew so that they answer as the dense model's
+            do; False leaves them as sliced. See :func:`~diffprune_fast.compensation.compensate` for the modes.
         seed: the same one gives the same keep-sets.
         options: those of :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select`
             (``ranking``, ``round_to``, ``ignore``, …).
@@ -107,7 +119,11 @@ def score_and_prune(
     check_optimizer(target.model, optimizer, inplace)
     scoring["scheduler"] = target.scheduler
     example_inputs, loader = _inputs(target, example_inputs, scoring, seed)
+    loader = replayed(loader)
 
+    training = {name: scoring.get(name) for name in ("scheduler", "loss_fn")}
+    running = {"seed": seed, "autocast": scoring.get("autocast"), "progress": scoring.get("progress", True), **training}
+    backend = scoring.get("backend", "auto")
     laps = _Laps()
     with shallower(
         target.model,
@@ -119,7 +135,7 @@ def score_and_prune(
         example_inputs=example_inputs,
         options={**scoring, "seed": seed},
     ) as shallow:
-        dense, budget = shallow.model, shallow.budget
+        dense, budget, inplace = shallow.model, shallow.budget, inplace or shallow.is_copy
         laps.end("blocks" if drop_blocks is not None else None)
 
         plan = plan or trace(dense, example_inputs, units=units)
@@ -130,26 +146,56 @@ def score_and_prune(
         check_optimizer(dense, optimizer, inplace, {name for name, _ in sliced.kept})
         laps.end("rehearse")
 
-        scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
-        scores = score(dense, loader, plan, seed=seed, **scoring)
-        laps.end("score")
+        seen = loader if rotate and optimizer is None else None
+        with rotated(dense, plan, seen, stays=inplace, seed=seed, **training) as rotation:
+            laps.end("rotate" if seen is not None else None)
 
-        selection = select(plan, scores, **budget, norm_groups=norm_groups, **selecting)
-        laps.end("select")
+            scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
+            scores = score(dense, loader, plan, seed=seed, **scoring)
+            laps.end("score")
 
-        result = prune(
-            dense,
-            plan,
-            selection.keep,
-            norm_groups=norm_groups,
-            inplace=inplace or shallow.is_copy,
-            optimizer=optimizer,
-            example_inputs=example_inputs,
-            backend=scoring.get("backend", "auto"),
-        )
+            selection = select(plan, scores, **budget, norm_groups=norm_groups, **selecting)
+            laps.end("select")
+
+            result = _slice(
+                dense,
+                plan,
+                selection.keep,
+                None if compensate is False else loader,
+                inplace=inplace,
+                optimizer=optimizer,
+                slicing={"norm_groups": norm_groups, "example_inputs": example_inputs, "backend": backend},
+                solving={"mode": "auto" if compensate is True else compensate, **running},
+            )
     seconds = {**laps.seconds, **result.seconds}
-    result = record(result, scores=scores, selection=selection, seed=seed, seconds=seconds)
-    return target.put_back(shallow.tell(result))
+    found = {"scores": scores, "selection": selection, "rotation": rotation, "seed": seed, "seconds": seconds}
+    return target.put_back(shallow.tell(record(result, **found)))
+
+
+def _slice(
+    dense: nn.Module,
+    plan: Plan,
+    keep: Keep,
+    loader: Iterable[Any] | None,
+    *,
+    inplace: bool,
+    optimizer: torch.optim.Optimizer | None,
+    slicing: Mapping[str, Any],
+    solving: Mapping[str, Any],
+) -> PruneResult:
+    """Slice and, with a loader, compensate: on a copy, so that the model isn't touched before all is known to work."""
+    if loader is None:
+        return prune(dense, plan, keep, inplace=inplace, optimizer=optimizer, **slicing)
+    trial = prune(dense, plan, keep, inplace=False, **slicing)
+    kept = sliced_shapes(dense, plan, keep).kept
+    found = compensation.compensate(trial.model, dense, loader, kept=kept, **solving)
+    seconds = {**trial.seconds, "compensate": found.seconds}
+    if not inplace:
+        return record(trial, compensation=found, seconds=seconds)
+    result = prune(dense, plan, keep, inplace=True, optimizer=optimizer, **slicing)
+    for mine, solved in zip(result.model.parameters(), trial.model.parameters(), strict=True):
+        mine.data.copy_(solved.data)
+    return record(result, compensation=found, seconds=seconds)
 
 
 def _inputs(target: Target, given: Any, scoring: Mapping[str, Any], seed: int) -> tuple[Any, Iterable[Any] | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import nn
 
 from .checkpoint.manifest import pack_runs
 from .checkpoint.saving import save
+from .compensation.compensate import Compensation
 from .objective.isolation import unwrapped
 from .plan.plan import Complexity, Plan, unreached
 from .pruned.record import attach_record, is_settable, record_of
+from .rotation.rotate import Rotation
 from .scoring.scores import BlockScores, Scores
 from .selection.select import Selection
 
@@ -29,7 +31,9 @@ class PruneResult:
     stay. before, after: what it cost and what it costs. shapes: every parameter and floating-point buffer after
     slicing. attributes: the module attributes that slicing changed (``"conv_in.out_channels"`` to the new value).
     seconds: wall-clock time per stage. dropped: the residual blocks that were taken out first, blocks: what each would
-    have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them. pipeline,
+    have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them. rotation: the
+    attention heads that got another basis first. compensation: the losses of the dense, the sliced and the compensated
+    model, and the layers that were solved. pipeline,
     component: the diffusers pipeline that the model is part of, and the model's name there; None for a model alone.
     """
 
@@ -47,6 +51,8 @@ class PruneResult:
     seed: int | None = None
     dropped: tuple[str, ...] = ()
     blocks: BlockScores | None = None
+    rotation: Rotation | None = None
+    compensation: Compensation | None = None
     pipeline: Any = None
     component: str | None = None
 
@@ -89,6 +95,10 @@ class PruneResult:
         lines.append(f"norm groups: {self.norm_groups}")
         if self.scores is not None and self.scores.agreement is not None:
             lines.append(f"split-half agreement: {self.scores.agreement:.3f} after {self.scores.samples} samples")
+        if self.rotation is not None:
+            lines.append(f"heads: {str(self.rotation).splitlines()[0]}")
+        if self.compensation is not None:
+            lines += str(self.compensation).splitlines()
         if aside := unreached(self.plan):
             first = ", ".join(aside[:3]) + (", …" if len(aside) > 3 else "")
             lines.append(
@@ -126,6 +136,8 @@ def _provenance(result: PruneResult) -> dict[str, Any]:
             "ranking": chosen.ranking,
             "notes": list(chosen.notes),
         }
+    if result.compensation is not None:
+        about["compensation"] = _plain_value(asdict(result.compensation))
     if result.scores is not None:
         about["scores"] = _plain_value(result.scores.summary())
     return about

@@ -93,8 +93,6 @@ def _choose(
         raise TypeError(f"drop_blocks is a number of blocks, a name or a list of names, not {asked!r}")
     if not isinstance(asked, int):
         return named(find_blocks(model, example_inputs), [asked] if isinstance(asked, str) else asked), None
-    if loader is not None and iter(loader) is loader:
-        raise ValueError("blocks and channels are scored one after the other: give a loader that starts anew, or names")
     taken = inspect.signature(score_blocks).parameters
     given = {n: v for n, v in options.items() if n in taken and v is not None}
     samples = min(taken["samples"].default, options.get("max_samples") or taken["samples"].default)

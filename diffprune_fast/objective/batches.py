@@ -85,6 +85,41 @@ class Batches:
             self._cache.append(batch)
 
 
+class Replay:
+    """A loader that can be walked only once, to be walked again and again: what it yielded is kept.
+
+    Beyond ``CACHE_BYTES`` it ends, and only what was kept is seen again.
+    """
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
+        self._kept: list[Any] = []
+        self._room = CACHE_BYTES
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in itertools.count():
+            if i == len(self._kept) and not self._draw():
+                return
+            yield self._kept[i]
+
+    def _draw(self) -> bool:
+        if self._room <= 0:
+            return False
+        for batch in self._iterator:
+            self._room -= sum(x.nbytes for x in tensors_in(batch))
+            self._kept.append(batch)
+            return True
+        return False
+
+
+def replayed(loader: Iterable[Any] | None) -> Iterable[Any] | None:
+    """The loader, which may be walked any number of times also where it is its own iterator (a generator)."""
+    if loader is None:
+        return None
+    iterator = iter(as_loader(loader))
+    return Replay(iterator) if iterator is loader else loader
+
+
 def as_loader(loader: Any) -> Iterable[Any]:
     """The loader; a tensor is one batch. Raises TypeError for something that isn't an iterable of batches."""
     if isinstance(loader, Tensor):

@@ -320,7 +320,6 @@ def test_dropped_parameters_leave_the_optimizer() -> None:
         ({"drop_blocks": "conv_in"}, DepthError, "no residual block"),
         ({"drop_blocks": 99, "loader": pictures(), "max_samples": 4}, ValueError, "give a number from 1 to"),
         ({"drop_blocks": True}, TypeError, "a number of blocks"),
-        ({"drop_blocks": 1, "loader": iter(pictures())}, ValueError, "starts anew"),
         ({"drop_blocks": MID, "inplace": False, "optimizer": 1}, ValueError, "original's parameters"),
         ({"drop_blocks": MID, "plan": 1}, ValueError, "leave out plan"),
         ({"drop_blocks": MID, "macs": 2, "ratio": 0.3}, ValueError, "give one budget"),
