@@ -16,15 +16,18 @@ from torch import nn
 
 from ..choices import Autocast, CriterionName, Estimator, VariantName, check_choice
 from ..objective.batches import Batches, check_batch
+from ..objective.checks import check_weights
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
+from ..objective.loss_run import LossRun
 from ..objective.nested import moved
 from ..objective.randomness import generator_for, own_randomness
+from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
-from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps, check_weights
+from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps
 from .criteria import CRITERIA, Criterion, Variant
-from .estimators import MeanGradient, MicroScores, Work, rank_and_count, summed_over_ranks, until_agreed
+from .estimators import MeanGradient, MicroScores, Work, until_agreed
 from .reference_loop import reference_scores
 from .scores import LossCurve, Scores
 from .tables import UnitTable, unit_table
@@ -136,7 +139,16 @@ def score(
         batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn))
         with stand_ins(model, table.parameters) as parameters:
             work = Work(
-                model, plan, objective, batches, parameters, device, seed, AUTOCAST[autocast], backend, progress
+                model=model,
+                plan=plan,
+                objective=objective,
+                batches=batches,
+                parameters=parameters,
+                device=device,
+                seed=seed,
+                autocast=AUTOCAST[autocast],
+                backend=backend,
+                progress=progress,
             )
             if estimator.startswith("reference"):
                 found = _reference(work, estimator, reading, rule, variant, limit, asked)
@@ -203,7 +215,7 @@ def _reference(
     return {"values": values, "samples": walk.samples, "agreement": None, "curve": curve}
 
 
-def counted_timesteps(work: Work, threshold: float | None) -> tuple[LossCurve | None, np.ndarray]:
+def counted_timesteps(work: LossRun, threshold: float | None) -> tuple[LossCurve | None, np.ndarray]:
     """The timesteps with ``L_t > T * L_max``, and the curve that says so; without a threshold all of them, and None."""
     if threshold is None or work.objective.n_timesteps < 2:
         return None, np.arange(work.objective.n_timesteps)
@@ -211,7 +223,7 @@ def counted_timesteps(work: Work, threshold: float | None) -> tuple[LossCurve | 
     return curve, curve.kept_timesteps
 
 
-def _curve(work: Work, threshold: float) -> LossCurve:
+def _curve(work: LossRun, threshold: float) -> LossCurve:
     """The loss over the timesteps, on a few images; ranks measure each on its own and take the mean."""
     batch = moved(work.batches.take(CURVE_SAMPLES), work.device)
     noise = work.objective.noise(batch, generator_for(work.seed, CURVE, 0))

@@ -272,7 +272,7 @@ def test_scores_of_another_plan_are_refused():
         ({"ranking": "gobal"}, "choose one of 'local', 'global'"),
         ({"offsets": "different"}, "choose one of 'independent', 'same'"),
         ({"norm_groups": "both"}, "choose one of"),
-        ({"rounding": "up"}, "choose None or 'reference'"),
+        ({"rounding": "up"}, "choose one of 'reference'"),
         ({"rounding": "reference", "norm_groups": "exact"}, "describes a local ratio"),
         ({"round_to": 0}, "give a number of channels"),
         ({"max_ratio": 1}, "max_ratio"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,7 @@ class Reads(nn.Module):
 )
 def test_gate_refuses_a_forward_that_would_change(how: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Reads(how)
-    monkeypatch.setattr(dpf.tracing, "probed", lambda model, walk, plan, calls: plan)
+    monkeypatch.setattr(sys.modules["diffprune_fast.tracing.trace"], "probed", lambda model, walk, plan, calls: plan)
     plan = dpf.trace(model, X)
     assert plan.groups, "labels alone can't see it"
     (group,) = plan.groups
