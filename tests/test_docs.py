@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import CASES
+from zoo import ZOO
 
 import diffprune_fast
 
@@ -102,3 +104,9 @@ def test_a_signature_of_the_interface_page_is_the_functions(name: str) -> None:
 def test_the_interface_page_has_every_public_function() -> None:
     public = {n for n in diffprune_fast.__all__ if inspect.isfunction(getattr(diffprune_fast, n))}
     assert public <= signatures().keys()
+
+
+def test_every_architecture_of_the_tests_has_its_row() -> None:
+    table = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w.-]+) \| +\d", table, re.MULTILINE)
+    assert sorted(rows) == sorted(case.name for case in [*CASES, *ZOO])
