@@ -14,6 +14,7 @@ _PUBLIC = {
     "Scores": "scoring",
     "select": "selection",
     "prune": "slicing",
+    "compensate": "compensation",
     "score_blocks": "depth",
     "drop_blocks": "depth",
     "PruneResult": "result",

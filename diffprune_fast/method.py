@@ -67,10 +67,11 @@ def score_and_prune(
 
     Args:
         model: a module (inside ``torch.compile`` the one in there, which is ``result.model``), or a diffusers pipeline,
-            of which ``component`` is pruned (None: the denoiser).
+            of which one component is pruned.
         loader: images as the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also ``(images,
             labels)`` pairs or dicts with conditioning inputs; for a pipeline images and captions, see
             :func:`~diffprune_fast.pipelines.encoded`.
+        component: the name of that component; None is the denoiser.
         ratio, params, macs: the budget, one of them; nothing is ``ratio=0.3``.
         units: whether dims or whole heads of attentions go, see :func:`trace`.
         norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.

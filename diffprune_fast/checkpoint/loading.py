@@ -43,13 +43,34 @@ def from_pretrained(
 ) -> nn.Module:
     """Load a pruned model, in evaluation mode, onto ``device`` (None: the CPU).
 
-    model: for classes outside diffusers, an instance of the unpruned architecture (on any device; it isn't changed);
-    classes of diffusers are built from ``config.json``. torch_dtype: of the floating-point weights; None keeps what
-    was saved. verify: compare the weights' SHA-256 with the manifest; False for weights replaced on purpose.
-
     No code of the checkpoint is run: weights are safetensors, the class is one of diffusers' models or the caller's.
 
-    Raises CheckpointError for anything that is missing, cut short or contradictory.
+    Args:
+        directory: what ``save_pretrained`` wrote.
+        model: for classes outside diffusers, an instance of the unpruned architecture (on any device; it isn't
+            changed); classes of diffusers are built from ``config.json``.
+        torch_dtype: of the floating-point weights; None keeps what was saved.
+        device: where the model goes.
+        verify: compare the weights' SHA-256 with the manifest; False for weights replaced on purpose.
+
+    Returns:
+        The pruned model; its own ``save_pretrained`` writes the same format again.
+
+    Raises:
+        CheckpointError: something is missing, cut short or contradictory.
+
+    Example:
+        >>> import tempfile
+        >>> from diffprune_fast import score_and_prune
+        >>> def dense():
+        ...     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = (torch.zeros(1, 4),)
+        >>> result = score_and_prune(dense(), None, criterion="magnitude", ratio=0.5, example_inputs=x)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     result.save_pretrained(directory)
+        ...     loaded = from_pretrained(directory, dense())
+        >>> loaded[0]
+        Linear(in_features=4, out_features=8, bias=True)
     """
     directory = Path(directory)
     if (directory / "model_index.json").exists():

@@ -46,7 +46,26 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Everything is written beside it first and moved in at the end, the manifest last: a save that breaks off leaves
     either the former checkpoint or one that refuses to load.
 
-    Raises CheckpointError for a model that has no memory (``meta``) or state that isn't tensors; OSError from the disk.
+    Args:
+        model: a model that was pruned, or had blocks dropped: it carries its record.
+        directory: where ``config.json`` (of a diffusers model), ``diffprune.json`` and the safetensors go.
+
+    Returns:
+        None: :func:`from_pretrained` gives the model back.
+
+    Raises:
+        CheckpointError: the model has no memory (``meta``) or state that isn't tensors. OSError: from the disk.
+
+    Example:
+        >>> import tempfile
+        >>> from diffprune_fast import score_and_prune
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = (torch.zeros(1, 4),)
+        >>> result = score_and_prune(model, None, criterion="magnitude", ratio=0.5, example_inputs=x)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save(model, directory)
+        ...     sorted(path.name for path in Path(directory).iterdir())
+        ['diffprune.json', 'diffusion_pytorch_model.safetensors']
     """
     _write(model, record_of(model).about, Path(directory))
 

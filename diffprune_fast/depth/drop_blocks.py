@@ -44,16 +44,33 @@ def drop_blocks(
 ) -> PruneResult:
     """Remove whole residual blocks: the model computes what it would with their branches zeroed.
 
-    names: blocks as :func:`score_blocks` and :func:`find_blocks` name them, or patterns (``fnmatch``). optimizer: the
-    dropped parameters are taken out of it. ``inplace=False`` drops from a copy.
-
     Where a list of blocks can be closed up so that a shorter config describes the model (``num_layers``), it is, and
     the class's own ``from_pretrained`` loads it. Elsewhere (skip connections, blocks that are counted) a
     :class:`Passthrough` without weights stays in the block's place, and :func:`from_pretrained` puts it there again.
 
+    Args:
+        model: any module that :func:`find_blocks` finds blocks in.
+        names: blocks as :func:`score_blocks` and :func:`find_blocks` name them, or patterns (``fnmatch``).
+        inplace: False drops from a copy.
+        optimizer: of the model's parameters; the dropped ones are taken out of it.
+        example_inputs: as for :func:`trace`.
+
+    Returns:
+        The model without the blocks, and what it cost before and costs now.
+
     Raises:
-        DepthError: a name that is no residual block of this model. SliceError: the optimizer isn't this model's.
+        DepthError: a name is no residual block of this model. SliceError: the optimizer isn't this model's.
         TraceError: the model can't be followed.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        ...                    up_block_types=("UpBlock2D",), norm_num_groups=4, add_attention=False)
+        >>> result = drop_blocks(unet, "mid_block.resnets.*")
+        >>> result.dropped
+        ('mid_block.resnets.0', 'mid_block.resnets.1')
+        >>> result.after.params < result.before.params
+        True
     """
     check_optimizer(model, optimizer, inplace)
     if not inplace:

@@ -52,11 +52,31 @@ def score_blocks(
     is near zero in a trained model, whose loss doesn't change to first order with the scale of a branch.
     method ``"loss"``: the rise itself, measured on the same samples, a forward per block.
 
-    loader, scheduler, threshold, timesteps, loss_fn, seed, autocast: as for :func:`score`. samples, micro_batch: in
-    samples. Raises what :func:`score` and :func:`find_blocks` raise; ValueError for a model without such blocks.
+    Args:
+        model, loader, scheduler, loss_fn, timesteps, seed, autocast, progress: as for :func:`score`.
+        method: ``"first-order"`` or ``"loss"``.
+        samples: samples that the costs rest on.
+        micro_batch: samples of one pass.
+        threshold: as for :func:`score`; None counts all timesteps.
+        example_inputs: as for :func:`trace`.
+
+    Returns:
+        One cost per block, ``(n_blocks,)``; printing it gives a table, the cheapest first.
+
+    Raises:
+        ValueError: the model has no such block, or what :func:`score` and :func:`find_blocks` raise it for.
+        TypeError, FloatingPointError, TraceError: as those two.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        ...                    up_block_types=("UpBlock2D",), norm_num_groups=4, add_attention=False)
+        >>> scores = score_blocks(unet, [torch.rand(8, 3, 8, 8) * 2 - 1], samples=16, progress=False)
+        >>> len(scores.costs), len(scores.cheapest(1))
+        (6, 1)
 
     Source: the expansion is that of Molchanov et al., "Importance Estimation for Neural Network Pruning" (CVPR 2019),
-    for a gate on a whole branch.
+    with one factor on a whole branch in place of one on a channel.
     """
     begin = time.perf_counter()
     check_choice("method", method, BlockMethod)

@@ -27,12 +27,32 @@ def diffusion_loss(
 ) -> float:
     """Mean training loss over all images of ``batch``, at timesteps and with noise that depend on ``seed`` alone.
 
-    batch: what a loader would yield, of any length: ``(n, channels, height, width)`` images, an ``(images, labels)``
-    pair, or a dict with conditioning inputs. scheduler: the one of the training; None is ``DDPMScheduler()``.
-    passes: how often each image is used, every time with another timestep and noise. Timesteps are stratified: a pass
-    takes one from each of ``n`` equal strips. Two models can be compared at the same seed, their noise is the same.
+    Two models can be compared at the same seed: their timesteps and noise are the same.
 
-    Raises ValueError when there is no image or no pass, FloatingPointError when the loss is not finite.
+    Args:
+        model: a denoiser or an autoencoder.
+        batch: what a loader would yield, of any length: ``(n, channels, height, width)`` images, an ``(images,
+            labels)`` pair, or a dict with conditioning inputs.
+        scheduler: the one of the training; None is ``DDPMScheduler()``.
+        passes: how often each image is used, every time with another timestep and noise. Timesteps are stratified: a
+            pass takes one from each of ``n`` equal strips.
+        batch_size: images of one forward; the loss doesn't depend on it.
+        loss_fn: ``(model, batch, t, noise) -> (batch,) or scalar`` in place of the scheduler's objective.
+        seed: of timesteps and noise.
+
+    Returns:
+        The mean over images and passes.
+
+    Raises:
+        ValueError: there is no image or no pass. FloatingPointError: the loss is not finite.
+
+    Example:
+        >>> class Silent(nn.Conv2d):
+        ...     def forward(self, sample, timestep):
+        ...         return 0 * super().forward(sample)
+        >>> images = torch.rand(64, 3, 8, 8) * 2 - 1
+        >>> round(diffusion_loss(Silent(3, 3, 1), images), 1)  # the mean square of the noise itself
+        1.0
     """
     objective = make_objective(model, scheduler, loss_fn)
     images = images_of(batch)

@@ -39,13 +39,30 @@ def sample(
 ) -> Tensor:
     """Images that ``model`` makes of ``noise``: the same noise gives the same images, on the noise's device.
 
-    noise: ``(n, channels, height, width)``, standard normal. labels: ``(n,)`` class labels, or None. conditioning:
-    further keyword arguments of the model's forward; tensors of ``n`` rows are split with the noise.
-    Returns ``(n, channels, height, width)`` in the noise's dtype, clamped to [-1, 1].
+    Args:
+        model: a denoiser.
+        scheduler: the one that it was trained with. Schedulers without ``alphas_cumprod`` (flow matching) take their
+            own steps, others DDIM's.
+        noise: ``(n, channels, height, width)``, standard normal.
+        steps: calls of the model for each image.
+        labels: ``(n,)`` class labels, or None.
+        batch_size: images of one forward.
+        conditioning: further keyword arguments of the model's forward; tensors of ``n`` rows are split with the noise.
 
-    Sampling is DDIM with eta 0 (Song et al., 2021, arXiv 2010.02502); schedulers without ``alphas_cumprod`` (flow
-    matching) take their own steps. Raises ValueError when ``steps`` or ``batch_size`` is below 1, and
-    FloatingPointError when the images are not finite.
+    Returns:
+        ``(n, channels, height, width)`` in the noise's dtype, clamped to [-1, 1].
+
+    Raises:
+        ValueError: ``steps`` or ``batch_size`` is below 1. FloatingPointError: the images are not finite.
+
+    Example:
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        ...                    up_block_types=("UpBlock2D",), norm_num_groups=4)
+        >>> sample(unet, DDPMScheduler(), torch.randn(2, 3, 8, 8), steps=3).shape
+        torch.Size([2, 3, 8, 8])
+
+    Source: DDIM with eta 0, Song et al., 2021 (arXiv 2010.02502).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")

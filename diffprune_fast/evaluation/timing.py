@@ -17,8 +17,26 @@ def seconds_per_image(
 ) -> float:
     """Median wall-clock seconds of one image, sampled in batches of ``len(noise)`` with ``steps`` model calls each.
 
-    noise: ``(n, channels, height, width)``. The first, untimed call has few steps and warms up. Raises ValueError when
-    ``repeats`` is below 1. The figure belongs to the machine and its load: quote ratios of models timed in turn.
+    The first, untimed call has few steps and warms up. The figure belongs to the machine and its load: quote ratios of
+    models timed in turn.
+
+    Args:
+        model, scheduler, steps, conditioning: as for :func:`sample`.
+        noise: ``(n, channels, height, width)``, on the model's device.
+        repeats: timed calls, of which the median is taken.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        ValueError: ``repeats`` is below 1, or what :func:`sample` raises it for.
+
+    Example:
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        ...                    up_block_types=("UpBlock2D",), norm_num_groups=4)
+        >>> seconds_per_image(unet, DDPMScheduler(), torch.randn(2, 3, 8, 8), steps=2, repeats=1) > 0
+        True
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: it must be at least 1")

@@ -150,13 +150,33 @@ def _called(model: nn.Module, inputs: Mapping[str, Any], signature: Signature) -
 def make_objective(model: nn.Module, scheduler: Any = None, loss_fn: LossFunction | None = None) -> Objective:
     """The objective of ``model``.
 
-    scheduler: a diffusers scheduler; its noise levels and ``prediction_type`` are used, its state is not. Flow matching
-    is known by the class (``FlowMatch…``) or ``prediction_type="flow_prediction"``. None: ``DDPMScheduler()`` as it
-    comes, 1000 linear steps that predict the noise. loss_fn: ``(model, batch, t, noise) -> (batch,) or scalar`` for
-    everything else; ``batch`` is what the loader yields, ``t`` ``(batch,)`` integers. An autoencoder is scored by its
-    squared reconstruction error with 1e-6 of its KL divergence, or its commitment loss where it has a codebook.
+    An autoencoder is scored by its squared reconstruction error with 1e-6 of its KL divergence, or its commitment loss
+    where it has a codebook.
 
-    Raises ValueError for a scheduler whose objective is not known.
+    Args:
+        model: a denoiser or an autoencoder.
+        scheduler: a diffusers scheduler; its noise levels and ``prediction_type`` are used, its state is not. Flow
+            matching is known by the class (``FlowMatch…``) or ``prediction_type="flow_prediction"``. None is
+            ``DDPMScheduler()`` as it comes, 1000 linear steps that predict the noise.
+        loss_fn: ``(model, batch, t, noise) -> (batch,) or scalar`` for everything else; ``batch`` is what the loader
+            yields, ``t`` ``(batch,)`` integers.
+
+    Returns:
+        A loss that can be asked for at any timesteps and noise.
+
+    Raises:
+        ValueError: the scheduler's objective is not known, or the forward takes no timestep.
+
+    Example:
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        ...                    up_block_types=("UpBlock2D",), norm_num_groups=4)
+        >>> objective = make_objective(unet, DDPMScheduler(prediction_type="v_prediction"))
+        >>> objective.kind, objective.n_timesteps
+        ('v_prediction', 1000)
+        >>> images = torch.rand(2, 3, 8, 8) * 2 - 1
+        >>> objective.loss(unet, images, 500, objective.noise(images), reduction="none").shape
+        torch.Size([2])
     """
     if loss_fn is not None:
         return Objective("loss_fn", _count(scheduler), loss_fn=loss_fn)

@@ -6,7 +6,7 @@ in place. ``ops.reference`` has both in plain PyTorch.
 
 from __future__ import annotations
 
-from . import reference, registration
+from . import reference
 from .channel_scores import CRITERIA, ScoreEntry, ScoreTable, channel_scores_
 from .dispatch import BackendError, backends
 from .info import info
@@ -22,6 +22,5 @@ __all__ = [
     "channel_scores_",
     "info",
     "reference",
-    "registration",
     "slice_channels_",
 ]

@@ -78,18 +78,35 @@ def channel_scores_(
 ) -> Tensor:
     """Add every channel's score to its unit's, reading each weight and gradient once.
 
-    scores: ``(n_units,)`` float64 or float32, added into and returned.
-    thetas: per entry the parameter; contiguous or channels_last (other layouts are copied first).
-    grads: per entry its gradient, same shape; or ``(T, *shape)`` with ``timestep_weights`` ``(T,)``, then
-    ``g = sum_t timestep_weights[t] * grads[t]``. None only for ``"magnitude"``.
-    criterion: what is summed over a row and over a column: ``"abs"`` ``|theta * g|``, ``"signed"`` ``theta * g``,
-    ``"square"`` ``(theta * g)**2``, ``"magnitude"`` ``theta**2``.
-    zero_grad: set the gradients to zero in the same pass.
-    backend: ``"auto"``, or the name of one that :func:`backends` lists.
+    The same input gives the same bits, for any number of threads.
 
-    The same input gives the same bits, for any number of threads. Raises ValueError or TypeError, with nothing
-    written, for tensors that don't fit the table; :class:`~diffprune_fast.ops.BackendError` if the backend that was
-    asked for can't serve. Source: Fang et al., Structural Pruning for Diffusion Models (arXiv 2305.10924), eq. 7.
+    Args:
+        scores: ``(n_units,)`` float64 or float32, added into.
+        thetas: per entry the parameter; contiguous or channels_last (other layouts are copied first).
+        grads: per entry its gradient, same shape; or ``(T, *shape)`` with ``timestep_weights``, then
+            ``g = sum_t timestep_weights[t] * grads[t]``. None only for ``"magnitude"``.
+        table: where each entry's sums go.
+        criterion: what is summed over a row and over a column: ``"abs"`` ``|theta * g|``, ``"signed"`` ``theta * g``,
+            ``"square"`` ``(theta * g)**2``, ``"magnitude"`` ``theta**2``.
+        timestep_weights: ``(T,)``, or None for gradients of the parameters' shapes.
+        zero_grad: set the gradients to zero in the same pass.
+        backend: ``"auto"``, or the name of one that :func:`backends` lists.
+
+    Returns:
+        ``scores``.
+
+    Raises:
+        ValueError, TypeError: the tensors don't fit the table; nothing is written.
+        BackendError: the backend that was asked for can't serve.
+
+    Example:
+        >>> rows = torch.arange(2, dtype=torch.int32)
+        >>> table = ScoreTable([ScoreEntry((2, 3, 1), row_units=rows)], n_units=2)
+        >>> theta = torch.tensor([[1.0, -1.0, 2.0], [3.0, 0.0, 0.0]])
+        >>> channel_scores_(torch.zeros(2), [theta], [torch.ones(2, 3)], table)
+        tensor([4., 3.])
+
+    Source: Fang et al., Structural Pruning for Diffusion Models (arXiv 2305.10924), eq. 7.
     """
     check(scores, thetas, grads, table, criterion, timestep_weights, zero_grad)
     run = dispatch.choose("channel_scores", scores.device, backend)

@@ -53,7 +53,15 @@ _said: set[tuple[str, str, str]] = set()
 
 
 def backends() -> dict[str, str]:
-    """Every ``"operation/backend"``, with ``"ok"`` or the reason why it can't serve on this machine."""
+    """Every ``"operation/backend"``, with ``"ok"`` or the reason why it can't serve on this machine.
+
+    Returns:
+        Name to ``"ok"`` or the reason.
+
+    Example:
+        >>> backends()["channel_scores/reference"]
+        'ok'
+    """
     return {f"{op}/{name}": availability(op, name) for op, table in BACKENDS.items() for name in table}
 
 

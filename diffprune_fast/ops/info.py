@@ -10,7 +10,7 @@ import torch
 
 from . import cpu, dispatch
 
-PACKAGES = ("torch", "diffusers", "numpy", "scipy", "safetensors", "huggingface_hub", "triton", "accelerate")
+PACKAGES = ("torch", "diffusers", "numpy", "scipy", "safetensors", "triton")
 
 
 def info() -> str:

@@ -27,14 +27,29 @@ class Slice:
 def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice], *, backend: str = "auto") -> None:
     """Make every tensor its kept slice: the same Tensor object with a new shape and smaller storage.
 
-    tensors: parameters, gradients or optimiser state of any dtype; contiguous or channels_last, which is kept, as
-    are ``requires_grad`` and hooks. slices: one per tensor.
-    backend: ``"auto"``, or the name of one that :func:`backends` lists.
-
     At most the largest tensor's bytes are needed on top of what is there, because every tensor's old memory is given
-    back before the next one's new memory is taken. Everything is checked before the first tensor changes: ValueError
-    or TypeError for unsorted, repeated, empty or out-of-range indices, views of a larger storage and tensors that
-    share memory.
+    back before the next one's new memory is taken. Everything is checked before the first tensor changes.
+
+    Args:
+        tensors: parameters, gradients or optimiser state of any dtype; contiguous or channels_last, which is kept, as
+            are ``requires_grad`` and hooks.
+        slices: one per tensor.
+        backend: ``"auto"``, or the name of one that :func:`backends` lists.
+
+    Returns:
+        None: the tensors themselves are changed.
+
+    Raises:
+        ValueError, TypeError: unsorted, repeated, empty or out-of-range indices, views of a larger storage, tensors
+        that share memory.
+        BackendError: the backend that was asked for can't serve.
+
+    Example:
+        >>> weight = torch.arange(6.0).view(3, 2)
+        >>> slice_channels_([weight], [Slice({0: torch.tensor([0, 2])})])
+        >>> weight
+        tensor([[0., 1.],
+                [4., 5.]])
     """
     check(tensors, slices)
     for device in dict.fromkeys(t.device for t in tensors):

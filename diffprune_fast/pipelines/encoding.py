@@ -48,12 +48,30 @@ DEFAULT_SIZE = 256
 def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[Any]:
     """The loader's batches as ``pipe``'s component is trained with them, for :func:`score` and ``finetune``.
 
-    loader: batches of images ``(batch, 3, height, width)`` in [-1, 1], ``(images, captions)`` or ``(images, labels)``
-    pairs, or dicts with ``images``, ``captions``, ``class_labels`` and further arguments of the pipeline's call, such
-    as ``prompt_embeds``. component: the denoiser (None) or its name; an autoencoder gets the images alone. Batches are
-    encoded as they are drawn, without gradients, and not kept.
+    Batches are encoded as they are drawn, without gradients, and not kept.
 
-    Raises ValueError for a component that is neither, and for a pipeline that can't be asked what its denoiser takes.
+    Args:
+        pipe: a diffusers pipeline.
+        loader: batches of images ``(batch, 3, height, width)`` in [-1, 1], ``(images, captions)`` or ``(images,
+            labels)`` pairs, or dicts with ``images``, ``captions``, ``class_labels`` and further arguments of the
+            pipeline's call, such as ``prompt_embeds``.
+        component: the denoiser (None) or its name; an autoencoder gets the images alone.
+
+    Returns:
+        An iterable of dicts by the names that the component's forward has; it can be walked as often as ``loader``.
+
+    Raises:
+        ValueError: the component is neither denoiser nor autoencoder, or the pipeline can't be asked what its
+        denoiser takes.
+
+    Example:
+        >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        ...                    up_block_types=("UpBlock2D",), norm_num_groups=4)
+        >>> pipe = DDPMPipeline(unet, DDPMScheduler())
+        >>> batches = encoded(pipe, [torch.rand(4, 3, 8, 8) * 2 - 1])
+        >>> {name: tuple(value.shape) for name, value in next(iter(batches)).items()}
+        {'sample': (4, 3, 8, 8)}
     """
     name, model = find_component(pipe, component)
     check_known(name, model)

@@ -26,11 +26,33 @@ def pipeline_from_pretrained(
 ) -> Any:
     """Load a pipeline with pruned components, onto ``device`` (None: the CPU).
 
-    torch_dtype: of all floating-point weights; None is single precision, as in diffusers. verify: see
-    :func:`from_pretrained`. No code of the folder is run: classes are those of diffusers and transformers, weights are
-    safetensors.
+    No code of the folder is run: classes are those of diffusers and transformers, weights are safetensors.
 
-    Raises CheckpointError for a folder that is no pipeline, is incomplete, or asks for anything else.
+    Args:
+        directory: what ``save_pretrained`` of a pruned pipeline, or of its result, wrote.
+        torch_dtype: of all floating-point weights; None is single precision, as in diffusers.
+        device: where the pipeline goes.
+        verify: see :func:`from_pretrained`.
+
+    Returns:
+        The pipeline, of the class that was saved.
+
+    Raises:
+        CheckpointError: the folder is no pipeline, is incomplete, or asks for code that isn't installed.
+
+    Example:
+        >>> import tempfile
+        >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+        >>> from diffprune_fast import score_and_prune
+        >>> unet = UNet2DModel(8, block_out_channels=(8, 16), down_block_types=("DownBlock2D",) * 2,
+        ...                    up_block_types=("UpBlock2D",) * 2, norm_num_groups=4)
+        >>> pipe = DDPMPipeline(unet, DDPMScheduler())
+        >>> result = score_and_prune(pipe, None, criterion="magnitude", macs=0.6, round_to=4)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     result.save_pretrained(directory)
+        ...     loaded = pipeline_from_pretrained(directory)
+        >>> type(loaded).__name__, loaded.unet.num_parameters() == result.after.params
+        ('DDPMPipeline', True)
     """
     import diffusers
 

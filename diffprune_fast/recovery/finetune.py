@@ -47,15 +47,39 @@ def finetune(
 ) -> Finetuned:
     """Finetune ``model`` in place; it ends with the weights' moving average, in the modes that it had.
 
-    loader: as for :func:`diffprune_fast.score`, iterated again and again. scheduler: the one of the training; None is
-    ``DDPMScheduler()``. steps: batches to train on. warmup: steps of linear rise to ``lr``; None is a tenth, at most
-    500. schedule: what follows, by its name in ``diffusers.optimization``. clip: the gradient's largest norm.
-    ema: largest decay of the average; after k steps it is at most (1 + k) / (10 + k). autocast: dtype for the
-    forward, such as ``torch.bfloat16``. Parameters without ``requires_grad`` stay as they are; the global random state
-    too. Timesteps are stratified within a batch.
+    Parameters without ``requires_grad`` stay as they are; the global random state too. Timesteps are stratified within
+    a batch.
 
-    Raises ValueError for an empty loader, no step, or a model without trainable parameters, and FloatingPointError
-    for a loss or gradient that is not finite, before it reaches the weights.
+    Args:
+        model: a denoiser or an autoencoder, pruned or not.
+        loader: as for :func:`diffprune_fast.score`, iterated again and again.
+        scheduler: the one of the training; None is ``DDPMScheduler()``.
+        steps: batches to train on.
+        lr: the learning rate of Adam after the warmup.
+        warmup: steps of linear rise to ``lr``; None is a tenth, at most 500.
+        schedule: what follows, by its name in ``diffusers.optimization``.
+        clip: the gradient's largest norm.
+        ema: largest decay of the average; after k steps it is at most (1 + k) / (10 + k).
+        loss_fn: ``(model, batch, t, noise) -> (batch,) or scalar`` in place of the scheduler's objective.
+        autocast: dtype for the forward, such as ``torch.bfloat16``.
+        seed: of timesteps and noise.
+        progress: False hides the bar.
+
+    Returns:
+        Every step's loss, and the seconds.
+
+    Raises:
+        ValueError: an empty loader, no step, or a model without trainable parameters.
+        FloatingPointError: a loss or gradient is not finite; it doesn't reach the weights.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        ...                    up_block_types=("UpBlock2D",), norm_num_groups=4)
+        >>> done = finetune(unet, [torch.rand(8, 3, 8, 8) * 2 - 1], steps=3, progress=False)
+        >>> len(done.losses)
+        3
+
     Source: the finetuning of Fang et al., 2023 (Adam, clip 1, EMA 0.9999), with a schedule for short runs.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -36,8 +36,21 @@ def _plain(axes: Axes) -> None:
 def sample_grids(grids: Mapping[str, Tensor], *, columns: int = 8) -> Figure:
     """Every model's samples as a grid, side by side, in the same order; dark on light for single-channel images.
 
-    grids: title to ``(n, channels, height, width)`` in [-1, 1], 1 or 3 channels. Raises ValueError when there is no
-    grid, or the grids' shapes differ.
+    Args:
+        grids: title to ``(n, channels, height, width)`` in [-1, 1], 1 or 3 channels.
+        columns: images in a row.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: there is no grid, or the grids' shapes differ.
+
+    Example:
+        >>> import torch
+        >>> figure = sample_grids({"original": torch.zeros(8, 3, 8, 8), "pruned": torch.ones(8, 3, 8, 8)})
+        >>> [axes.get_title() for axes in figure.axes]
+        ['original', 'pruned']
     """
     shapes = {tuple(images.shape) for images in grids.values()}
     if len(shapes) != 1:
@@ -75,7 +88,20 @@ def gap_of(height: int) -> int:
 
 
 def loss_curve(curve: LossCurve) -> Figure:
-    """The loss at each timestep relative to its largest, with the threshold that says which timesteps are scored."""
+    """The loss at each timestep relative to its largest, with the threshold that says which timesteps are scored.
+
+    Args:
+        curve: ``result.scores.curve``.
+
+    Returns:
+        A matplotlib figure.
+
+    Example:
+        >>> from diffprune_fast.scoring import LossCurve
+        >>> figure = loss_curve(LossCurve(np.array([0, 500, 999]), np.array([1.0, 0.2, 0.01]), threshold=0.05))
+        >>> figure.axes[0].get_yscale()
+        'log'
+    """
     timesteps, relative = np.asarray(curve.timesteps), np.asarray(curve.relative)
     figure = _figure(6.4, 3.0)
     axes = figure.subplots()
@@ -108,7 +134,26 @@ def loss_curve(curve: LossCurve) -> Figure:
 
 
 def kept_channels(plan: Plan, keep: Mapping[str, np.ndarray]) -> Figure:
-    """One bar per group: how many of its units stay, of how many."""
+    """One bar per group: how many of its units stay, of how many.
+
+    Args:
+        plan: what :func:`diffprune_fast.trace` gave.
+        keep: group name to the units that stay.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: the plan has no groups.
+
+    Example:
+        >>> import torch
+        >>> from diffprune_fast import trace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Linear(16, 2))
+        >>> figure = kept_channels(trace(model, (torch.zeros(1, 4),)), {"0": np.arange(4)})
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['4 of 16']
+    """
     names = [group.name for group in plan.groups]
     if not names:
         raise ValueError("the plan has no groups: nothing in this model can be removed")

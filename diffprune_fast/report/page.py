@@ -31,9 +31,28 @@ def write_report(
 ) -> Path:
     """Write the page to ``path`` and return it. Images are inside the file, nothing is loaded from elsewhere.
 
-    rows: the original's measurements, then every pruned model's. figures: heading to the figure and the sentence below
-    it. result: adds what was asked and met, the scoring's trust and time per stage. notes: further lines of the last
-    table. Raises ValueError when there is no row.
+    Args:
+        path: of the HTML file; its folder must be there.
+        rows: the original's measurements, then every pruned model's.
+        figures: heading to the figure and the sentence below it.
+        title: of the page.
+        summary: a sentence below the title.
+        result: adds what was asked and met, the scoring's trust and time per stage.
+        notes: further lines of the last table, heading to text.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: there is no row. OSError: from the disk.
+
+    Example:
+        >>> import tempfile
+        >>> rows = [Measured("original", 1000, 5000, 0.2, 0.031), Measured("pruned", 500, 2000, 0.1, 0.034)]
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     page = write_report(Path(directory) / "report.html", rows, {}, title="Half the size")
+        ...     page.read_text(encoding="utf-8").count("50%")
+        2
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

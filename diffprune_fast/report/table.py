@@ -73,7 +73,28 @@ def _share(n: int, of: int) -> str:
 
 
 def print_table(rows: Sequence[Measured], *, title: str = "", console: Console | None = None) -> None:
-    """Print ``rows`` in the terminal. Raises ValueError when there is no row."""
+    """Print ``rows`` in the terminal.
+
+    Args:
+        rows: the original's measurements, then every pruned model's.
+        title: a line above the table.
+        console: where to print; None is the terminal, or plain text of fixed width where there is none.
+
+    Returns:
+        None.
+
+    Raises:
+        ValueError: there is no row.
+
+    Example:
+        >>> import io
+        >>> from rich.console import Console
+        >>> rows = [Measured("original", 1000, 5000, None, 0.03), Measured("pruned", 500, 2000, None, 0.04)]
+        >>> console = Console(file=io.StringIO(), width=110)
+        >>> print_table(rows, console=console)
+        >>> "2.00k" in console.file.getvalue()
+        True
+    """
     from rich.console import Console
     from rich.table import Table
 

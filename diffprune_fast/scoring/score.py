@@ -71,30 +71,54 @@ def score(
 ) -> Scores:
     """How much every unit of ``plan`` matters to the diffusion loss. The model is as before when this ends.
 
-    loader: any iterable of image batches ``(batch, channels, ...)``, ``(images, labels)`` pairs or dicts with
-    conditioning inputs; None for the criteria "magnitude" and "random". scheduler: a diffusers scheduler, see
-    :func:`make_objective` (None: ``DDPMScheduler()``, 1000 steps, noise prediction). loss_fn: ``(model, batch, t,
-    noise) -> (batch,) or scalar`` in place of it.
-
-    estimator: "micro", sum over micro-batches of abs(theta * g), fresh images, noise and timesteps in each; "mean",
-    abs(theta * sum g) of the same; "reference", the reference's loop over t = 0, 1, 2, … with the loader's first batch
-    and one noise; "reference-quad", the same over quadratically spaced timesteps.
-    criterion: "diff-pruning", "taylor", "fisher", "magnitude" or "random". variant (estimators "reference…"): one of
-    ``VARIANTS``; None is the reference's loop with the paper's formula.
-    threshold: T; timesteps with ``L_t > T * L_max`` count. None: 0.05 ("ldm_exp": 0.1). "taylor" takes all.
-    timesteps: exactly these, with no threshold.
-    micro_batch, min_samples, max_samples: in samples; min_samples is 512 if not given, or max_samples where that is
-    less; at least 16 micro-batches are taken if max_samples allows. agreement: stop when the keep-sets (at
-    agreement_ratio) of the two halves agree this much twice running. autocast: None or "bf16".
-    damage: with a loader, also estimate what the output loses with each unit, which ``select`` allocates by: 512
-    samples more, or max_samples where that is less, at all timesteps, whatever the criterion and the estimator.
-
     In torch.distributed the ranks share the micro-batches of "micro" and end with the same scores as one process,
     provided that every rank's loader yields the same batches; other estimators run in full on every rank.
 
-    Raises ValueError or TypeError before anything is touched for a bad argument, an empty loader, images of the wrong
-    channel count, NaN in images or weights, a missing conditioning input, or a plan of another model;
-    FloatingPointError, naming timestep or parameter, for a loss or gradient that isn't finite.
+    Args:
+        model: the model that ``plan`` was traced from; a module, also inside ``torch.compile`` or DDP.
+        loader: any iterable of image batches ``(batch, channels, ...)``, ``(images, labels)`` pairs or dicts with
+            conditioning inputs; None for the criteria "magnitude" and "random".
+        plan: what :func:`trace` gave.
+        scheduler: a diffusers scheduler, see :func:`make_objective`; None is ``DDPMScheduler()``, 1000 steps, noise
+            prediction.
+        estimator: "micro", sum over micro-batches of abs(theta * g), fresh images, noise and timesteps in each; "mean",
+            abs(theta * sum g) of the same; "reference", the reference's loop over t = 0, 1, 2, … with the loader's
+            first batch and one noise; "reference-quad", the same over quadratically spaced timesteps.
+        criterion: the formula from weight and gradient to a score, one of ``CRITERIA``.
+        variant: for the estimators "reference…" one of ``VARIANTS``; None is their loop with the paper's formula.
+        threshold: T; timesteps with ``L_t > T * L_max`` count. None is 0.05 ("ldm_exp": 0.1). "taylor" takes all.
+        micro_batch: samples of one backward pass.
+        min_samples: samples before the first look at the agreement; None is 512, or ``max_samples`` where that is
+            less. At least 16 micro-batches are taken if ``max_samples`` allows.
+        max_samples: samples at most.
+        agreement: scoring stops when the keep-sets of the two halves agree this much (Jaccard) twice running.
+        agreement_ratio: the share of units that goes in those keep-sets.
+        loss_fn: ``(model, batch, t, noise) -> (batch,) or scalar`` in place of the scheduler's objective.
+        seed: the same one gives the same scores.
+        progress: False hides the bar.
+        autocast: None or "bf16".
+        timesteps: exactly these count, with no threshold.
+        damage: with a loader, also estimate what the output loses with each unit, which :func:`select` allocates by:
+            512 samples more, or ``max_samples`` where that is less, at all timesteps, whatever criterion and estimator.
+        backend: "auto", or who computes the scores, see :func:`~diffprune_fast.ops.channel_scores_`.
+
+    Returns:
+        One score per unit, ``(plan.n_units,)``, with what they rest on.
+
+    Raises:
+        ValueError, TypeError: before anything is touched, for a bad argument, an empty loader, images of the wrong
+        channel count, NaN in images or weights, a missing conditioning input, or a plan of another model.
+        FloatingPointError: a loss or gradient isn't finite; the message names timestep or parameter.
+
+    Example:
+        >>> from diffprune_fast import trace
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> plan = trace(model, (torch.zeros(1, 4),))
+        >>> scores = score(model, [torch.randn(16, 4)], plan, max_samples=64, progress=False,
+        ...                loss_fn=lambda model, batch, t, noise: (model(batch + noise) - noise).square().mean(1))
+        >>> scores.values.shape, scores.samples
+        ((16,), 64)
+
     Source: Fang et al., Structural Pruning for Diffusion Models (arXiv 2305.10924), eq. 7.
     """
     begin = time.perf_counter()

@@ -62,26 +62,43 @@ def select(
 ) -> Selection:
     """Choose the units that stay so that the budget is met and every constraint holds.
 
-    scores: of :func:`~diffprune_fast.scoring.score`, or ``(plan.n_units,)`` by plan-wide unit id; inside a group the
-    lowest go first.
-    ratio: share of units that goes (0.3 when no budget is given). params, macs: what stays, as a share (0.5) or a
-    number (3_400_000_000); met from below. One of the three.
-    ranking: ``"local"`` takes the same share of every group, ``"global"`` lets the groups share the budget. None: local
-    for a ratio, global for params and macs.
-    allocation: how they share it. ``"gauss-newton"``: by the damage to the model's output that ``Scores`` estimate, the
-    least for what it saves. ``"mean"``: by the scores, each divided by its group's mean, which says little about the
-    damage. None: gauss-newton where the scores have their damage.
-    round_to: widths become multiples of so many channels where the constraints leave that choice; None or 1: any.
-    norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
-    offsets: ``"independent"`` keeps equally many units in every norm group or head, ``"same"`` the same offsets.
-    rounding: ``"reference"`` removes ``int(ratio * n)`` of the n units of a group, or of each norm group's or head's
-    share of it, as the method's published code does; local ratio and ``norm_groups="count"`` only, without round_to.
-    ratios: shares for groups by name pattern (``fnmatch`` on group and parameter names; the first that matches counts;
-    0 keeps a group whole). ignore: patterns of groups that stay whole.
-    max_ratio: the most that a global ranking, or any params or MACs budget, takes from one group.
+    Args:
+        plan: what :func:`trace` gave.
+        scores: ``(plan.n_units,)`` by plan-wide unit id, or what :func:`score` gave; inside a group the
+            lowest go first.
+        ratio: share of units that goes (0.3 when no budget is given).
+        params, macs: what stays, as a share (0.5) or a number (3_400_000_000); met from below. One of the three.
+        ranking: ``"local"`` takes the same share of every group, ``"global"`` lets the groups share the
+            budget. None is local for a ratio, global for params and macs.
+        allocation: how they share it. ``"gauss-newton"``: by the damage to the model's output that ``Scores`` estimate,
+            the least for what it saves. ``"mean"``: by the scores, each divided by its group's mean, which says little
+            about the damage. None is gauss-newton where the scores have their damage.
+        round_to: widths become multiples of so many channels where the constraints leave that choice; None or 1: any.
+        norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
+        offsets: ``"independent"`` keeps equally many units in every norm group or head, ``"same"`` the same offsets.
+        rounding: ``"reference"`` removes ``int(ratio * n)`` of the n units of a group, or of each norm group's or
+            head's share of it, as the method's published code does; local ratio and ``norm_groups="count"`` only,
+            without round_to.
+        ratios: shares for groups by name pattern (``fnmatch`` on group and parameter names; the first that matches
+            counts; 0 keeps a group whole).
+        ignore: patterns of groups that stay whole.
+        max_ratio: the most that a global ranking, or any params or MACs budget, takes from one group.
 
-    Raises BudgetError for a budget out of reach, saying how far one can get; ValueError or TypeError for wrong options,
-    scores of another plan or scores that aren't finite.
+    Returns:
+        The units that stay, with what was asked and met.
+
+    Raises:
+        BudgetError: the budget is out of reach; the message says how far one can get.
+        ValueError, TypeError: wrong options, scores of another plan or scores that aren't finite.
+
+    Example:
+        >>> import torch
+        >>> from diffprune_fast import trace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> plan = trace(model, (torch.zeros(1, 4),))
+        >>> selection = select(plan, np.arange(16.0), ratio=0.75, round_to=1)
+        >>> selection.keep["0"]
+        array([12, 13, 14, 15])
 
     Source: Fang, Ma and Wang, "Structural Pruning for Diffusion Models", NeurIPS 2023 (local ratio).
     """

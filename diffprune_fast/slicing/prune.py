@@ -58,18 +58,42 @@ def prune(
 ) -> PruneResult:
     """Remove every unit that ``keep`` doesn't list, with all the channels that belong to it.
 
-    keep: group name to the sorted indices of the units that stay, ``(n_kept,)`` integers; groups that aren't named
-    stay whole. norm_groups: ``"exact"`` (every GroupNorm group keeps its members) or ``"count"`` (only divisibility).
-    ``inplace=False`` prunes a copy. ``optimizer``: its per-element state is sliced too; state of another shape
-    (factored moments, as Adafactor's) is refused. ``example_inputs``: what :func:`trace` was given, if it was.
-
     Parameters keep their identity (optimisers, hooks and ties stay valid), their dtype, device, memory format and
     ``requires_grad``; gradients are sliced with them. Where the softmax scale follows the head size, the weights that
     feed the queries take the correction, so that nothing but the removed channels changes; their gradients and moments
     (``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``, ``momentum_buffer``) take the inverse, other state stays.
 
+    Args:
+        model: the model that ``plan`` was traced from.
+        plan: what :func:`trace` gave.
+        keep: group name to the sorted indices of the units that stay, ``(n_kept,)`` integers; groups that aren't
+            named stay whole.
+        norm_groups: ``"exact"`` (every GroupNorm group keeps its members) or ``"count"`` (only divisibility).
+        inplace: False prunes a copy.
+        optimizer: of the model's parameters; its per-element state is sliced too. State of another shape (factored
+            moments, as Adafactor's) is refused.
+        example_inputs: what :func:`trace` was given, if it was.
+        backend: ``"auto"``, or who moves the channels, see :func:`~diffprune_fast.ops.slice_channels_`.
+
+    Returns:
+        The pruned model with its plan, its keep-sets and its figures.
+
     Raises:
         SliceError: something doesn't fit. Everything is checked before the first byte changes.
+
+    Example:
+        >>> from diffprune_fast import trace
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = torch.zeros(1, 4)
+        >>> result = prune(model, trace(model, (x,)), {"0": np.array([0, 5, 9])}, example_inputs=(x,))
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=3, out_features=2, bias=True)
+        )
+        >>> result.before.params, result.after.params
+        (114, 23)
     """
     check_optimizer(model, optimizer, inplace)
     started = time.perf_counter()

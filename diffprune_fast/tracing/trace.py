@@ -23,16 +23,31 @@ def trace(
     """Find which channels of a model must be removed together.
 
     The forward runs once on the meta device: no weight is read, no memory is taken for weights or activations, and
-    the model is untouched when it ends. diffusers classes make their own ``example_inputs``; for others, give the
-    forward's positional arguments as a tuple or its keyword arguments as a dict (their shapes count, not their
-    values). Costs in the plan are those of one forward of these inputs.
+    the model is untouched when it ends.
 
-    units: what can be removed of an attention. ``"dims"``, single dims of all its heads, equally many of each;
-    ``"heads"``, whole heads; ``"auto"``, dims, or heads where some dims have to stay (rotary embeddings, for one).
+    Args:
+        model: any module; diffusers classes make their own ``example_inputs``.
+        example_inputs: for other classes the forward's positional arguments as a tuple or its keyword arguments as a
+            dict. Their shapes count, not their values; costs in the plan are those of one forward of them.
+        units: what can be removed of an attention. ``"dims"``, single dims of all its heads, equally many of each;
+            ``"heads"``, whole heads; ``"auto"``, dims, or heads where some dims have to stay (rotary embeddings, for
+            one).
+
+    Returns:
+        The plan: groups of units, what constrains them, and what each costs. Printing it shows all three.
 
     Raises:
         TraceError: the forward failed or depends on the data; the message names the module.
         ValueError: nothing is known to call the model with, or ``units`` is something else.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> plan = trace(model, (torch.zeros(1, 4),))
+        >>> print(plan.groups[0].name, plan.groups[0].n_units, [m.place for m in plan.groups[0].members])
+        0 16 ['0.weight:0', '0.bias:0', '2.weight:1']
+        >>> plan.params(), plan.params({"0": [0, 1, 2]})  # of the whole model, and with three units left
+        (114, 23)
     """
     check_choice("units", units, Units)
     calls = calls_of(model, example_inputs)

@@ -36,6 +36,14 @@ def shallow_unet(**changes: Any) -> nn.Module:
                       up_block_types=("UpBlock2D",) * 2, **changes)  # fmt: skip
 
 
+def assert_same(case: Case, one: nn.Module, two: nn.Module) -> None:
+    """Equal weights to the bit, equal outputs to rounding: libraries choose kernels by address and threads."""
+    a, b = one.state_dict(), two.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    torch.testing.assert_close(case.run(one), case.run(two))
+
+
 def pictures(n: int = 8, *, size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1]
 
@@ -180,7 +188,7 @@ def test_scoring_blocks_leaves_the_model_as_it_was(method: str) -> None:
 def test_equal_seeds_give_equal_costs_and_a_readable_table() -> None:
     model = shallow_unet()
     first, second = (dpf.score_blocks(model, pictures(), samples=16, seed=3, progress=False) for _ in range(2))
-    assert np.array_equal(first.costs, second.costs)
+    np.testing.assert_allclose(first.costs, second.costs, rtol=1e-4)
     assert MID in str(first)
     assert "16 samples" in str(first)
 
@@ -232,13 +240,15 @@ def test_an_error_after_dropping_leaves_the_model_as_it_was(name: str) -> None:
     block = "transformer_blocks.1" if name.startswith("SD3") else MID
     modules = [(n, id(m)) for n, m in model.named_modules()]
     config, want = dict(model.config), case.run(model)  # type: ignore[arg-type]
+    weights = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(BudgetError, match="params=1,000"):
         dpf.score_and_prune(
             model, None, criterion="magnitude", params=1000, drop_blocks=block, example_inputs=case.example_inputs
         )
     assert [(n, id(m)) for n, m in model.named_modules()] == modules
     assert dict(model.config) == config  # type: ignore[arg-type]
-    assert torch.equal(case.run(model), want)
+    assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
+    torch.testing.assert_close(case.run(model), want)
 
 
 @pytest.mark.parametrize("width", [None, 0.3])
@@ -253,10 +263,10 @@ def test_a_checkpoint_without_blocks_loads_as_it_was_saved(tmp_path: Path, width
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):  # its blocks would be at random
         type(model).from_pretrained(tmp_path)  # type: ignore[attr-defined]
     loaded = dpf.from_pretrained(tmp_path)
-    assert torch.equal(case.run(loaded), case.run(model))
+    assert_same(case, loaded, model)
     again = dpf.score_and_prune(loaded, None, criterion="random", ratio=0.3)
     again.save_pretrained(tmp_path / "again")
-    assert torch.equal(case.run(dpf.from_pretrained(tmp_path / "again")), case.run(loaded))
+    assert_same(case, dpf.from_pretrained(tmp_path / "again"), loaded)
 
 
 def test_a_plain_module_without_a_block_loads_into_the_unpruned_one(tmp_path: Path) -> None:
@@ -264,7 +274,7 @@ def test_a_plain_module_without_a_block_loads_into_the_unpruned_one(tmp_path: Pa
     model = made(case)
     dpf.drop_blocks(model, "blocks.0", example_inputs=case.example_inputs).save_pretrained(tmp_path)
     loaded = dpf.from_pretrained(tmp_path, Transformer())
-    assert torch.equal(case.run(loaded), case.run(model))
+    assert_same(case, loaded, model)
 
 
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "SD3Transformer2DModel-3"])
@@ -275,8 +285,8 @@ def test_a_closed_up_transformer_is_its_class_with_a_shorter_config(tmp_path: Pa
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["num_layers"] == len(model.transformer_blocks) == len(made(case).transformer_blocks) - 1  # type: ignore[arg-type]
     plain = type(model).from_pretrained(tmp_path, torch_dtype=torch.float64)  # type: ignore[attr-defined]
-    assert torch.equal(case.run(plain), case.run(model))
-    assert torch.equal(case.run(dpf.from_pretrained(tmp_path)), case.run(model))
+    assert_same(case, plain, model)
+    assert_same(case, dpf.from_pretrained(tmp_path), model)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ QUICK: dict[str, Any] = {
 }
 CAPTIONS = ["a red cat", "a small green house", "", "tree"]
 UNCONDITIONAL = ("ddpm", "ldm")
+# Of a sampled pixel in [0, 1], in single precision.
+ROUNDING = 1e-4
 
 
 def images(n: int = 4, channels: int = 3, size: int = 16) -> Tensor:
@@ -101,6 +103,16 @@ def assert_same(one: Mapping[str, Any], two: Mapping[str, Any]) -> None:
             assert one[what] == two[what], what
 
 
+def assert_loaded(name: str, again: Any, pipe: Any) -> None:
+    """Equal weights to the bit, equal images to rounding: libraries choose kernels by address and threads."""
+    for what, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            state = again.components[what].state_dict()
+            assert module.state_dict().keys() == state.keys()
+            assert all(torch.equal(t, state[n]) for n, t in module.state_dict().items()), what
+    np.testing.assert_allclose(sampled(name, again), sampled(name, pipe), atol=ROUNDING, rtol=0)
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_is_pruned_samples_and_comes_back_the_same(name: str, tmp_path: Any) -> None:
     pipe = made(name)
@@ -119,13 +131,13 @@ def test_a_pipeline_is_pruned_samples_and_comes_back_the_same(name: str, tmp_pat
     pruned = sampled(name, pipe)
     assert pruned.shape == dense.shape == (2, 16, 16, 3)
     assert np.isfinite(pruned).all()
-    assert not np.array_equal(pruned, dense)
+    assert not np.allclose(pruned, dense, atol=ROUNDING)
 
     result.save_pretrained(tmp_path)
     again = dpf.pipeline_from_pretrained(tmp_path)
     assert type(again) is type(pipe)
     again.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(sampled(name, again), pruned)
+    assert_loaded(name, again, pipe)
 
 
 class Stepped(tuple):
@@ -167,7 +179,7 @@ def test_scores_are_those_of_latents_and_embeddings_made_by_hand() -> None:
     result = dpf.score_and_prune(pipe, batches, ratio=0.3, inplace=False, **options)
     assert result.scores is not None
     assert result.scores.values.max() > 0
-    np.testing.assert_array_equal(result.scores.values, expected.values)
+    np.testing.assert_allclose(result.scores.values, expected.values, rtol=1e-4)
 
 
 def test_a_copy_leaves_the_pipeline_and_the_loader_alone() -> None:
@@ -277,7 +289,7 @@ def test_the_vae_is_pruned_by_name(name: str, vae: str, tmp_path: Any) -> None:
     result.save_pretrained(tmp_path)
     again = dpf.pipeline_from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(sampled(name, again), pruned)
+    assert_loaded(name, again, pipe)
 
 
 def test_the_pipelines_own_save_writes_what_can_be_read(tmp_path: Any) -> None:
@@ -288,16 +300,16 @@ def test_the_pipelines_own_save_writes_what_can_be_read(tmp_path: Any) -> None:
     assert read_manifest(tmp_path / "once" / "unet")["plain_config"] is False
     loaded = dpf.pipeline_from_pretrained(tmp_path / "once")
     loaded.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(sampled("stable_diffusion", loaded), sampled("stable_diffusion", pipe))
+    assert_loaded("stable_diffusion", loaded, pipe)
     finetune(
         loaded.unet, encoded(loaded, loader("stable_diffusion")), loaded.scheduler, steps=2, ema=0.0, progress=False
     )
     tuned = sampled("stable_diffusion", loaded)
-    assert not np.array_equal(tuned, sampled("stable_diffusion", pipe))
+    assert not np.allclose(tuned, sampled("stable_diffusion", pipe), atol=ROUNDING)
     loaded.save_pretrained(tmp_path / "twice")
     again = dpf.pipeline_from_pretrained(tmp_path / "twice")
     again.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(sampled("stable_diffusion", again), tuned)
+    assert_loaded("stable_diffusion", again, loaded)
     first, second = (read_manifest(tmp_path / d / "unet") for d in ("once", "twice"))
     assert first["plan"] == second["plan"]
     assert all((units == second["keep"][n]).all() for n, units in first["keep"].items())
@@ -311,7 +323,7 @@ def test_diffusers_loads_a_pipeline_whose_pruned_component_a_plain_config_descri
     assert config["block_out_channels"] == [8, 8]
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(sampled("sd3", again), sampled("sd3", pipe))
+    assert_loaded("sd3", again, pipe)
 
 
 def test_loading_does_not_warn_of_what_we_call_diffusers_with(tmp_path: Any) -> None:
@@ -326,7 +338,7 @@ def test_diffusers_refuses_an_unevenly_pruned_pipeline(tmp_path: Any) -> None:
     pipe = made("ddpm")
     dpf.score_and_prune(pipe, [images()], ratio=0.3, **QUICK)
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected shape"):
+    with pytest.raises((ValueError, RuntimeError), match=r"expected shape|size mismatch"):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="load it with pipeline_from_pretrained"):
         dpf.from_pretrained(tmp_path)
@@ -404,7 +416,7 @@ def test_embeddings_stand_in_for_captions_and_encoders() -> None:
         **{**pipe.components, "text_encoder": None, "tokenizer": None}, requires_safety_checker=False
     )
     batch = next(iter(encoded(without, [{"images": images(), "prompt_embeds": embeddings}])))
-    assert torch.equal(batch["encoder_hidden_states"], with_captions["encoder_hidden_states"])
+    torch.testing.assert_close(batch["encoder_hidden_states"], with_captions["encoder_hidden_states"])
     result = dpf.score_and_prune(without, [{"images": images(), "prompt_embeds": embeddings}], ratio=0.3, **QUICK)
     assert result.after.params < result.before.params
 
@@ -490,7 +502,7 @@ def test_example_inputs_come_from_the_first_batch_which_is_not_lost() -> None:
     assert found.plan.hash == by_hand.plan.hash
     assert found.scores is not None
     assert by_hand.scores is not None
-    np.testing.assert_array_equal(found.scores.values, by_hand.scores.values)
+    np.testing.assert_allclose(found.scores.values, by_hand.scores.values, rtol=1e-4)
 
 
 def test_example_inputs_are_what_a_loss_fn_calls_the_model_with() -> None:
@@ -526,7 +538,8 @@ def test_encoding_happens_where_the_encoders_are(name: str) -> None:
     found = next(iter(encoded(pipe, loader(name))))
     pairs = list(zip(tensors_in(found), tensors_in(expected), strict=True))
     assert len(pairs) > 1
-    assert all(torch.equal(a, b) for a, b in pairs)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
 
 
 class Scaling(diffusers.DiffusionPipeline):

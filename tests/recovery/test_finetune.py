@@ -48,8 +48,8 @@ def test_same_seed_same_weights_another_seed_others():
     for model, seed in zip(models, (0, 0, 1)):
         run(model, seed=seed)
     first, second, third = (model.first.weight for model in models)
-    assert torch.equal(first, second)
-    assert not torch.equal(first, third)
+    torch.testing.assert_close(first, second)
+    assert not torch.allclose(first, third)
 
 
 def test_frozen_parameters_modes_random_state_and_gradients_are_as_before():
