@@ -42,6 +42,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from . import ops as ops
     from .checkpoint.loading import from_pretrained as from_pretrained
+    from .compensation.compensate import compensate as compensate
     from .depth.drop_blocks import drop_blocks as drop_blocks
     from .depth.score_blocks import score_blocks as score_blocks
     from .method import score_and_prune as score_and_prune
