@@ -98,7 +98,7 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert model.training
     assert not model.mid_block.training
-    assert not any(hasattr(p, "_channel_labels") for p in model.parameters())
+    assert not any(hasattr(p, "_walk_note") for p in model.parameters())
 
 
 class Caches(TwoConvs):

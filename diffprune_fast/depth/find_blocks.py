@@ -15,11 +15,11 @@ from ..architectures.inputs import calls_of
 from ..plan.blocks import Block, Returns
 from ..plan.plan import Complexity
 from ..pruned.passthrough import Passthrough
-from ..tracing.channels import Nodes
+from ..tracing.channels import Channels
 from ..tracing.errors import TraceError
 from ..tracing.graph import Graph
 from ..tracing.records import Calls, CostTerm
-from ..tracing.tracer import follow
+from ..tracing.tracer import walk_forward
 from .residual import handed_on
 
 
@@ -54,10 +54,10 @@ def walked(model: nn.Module, calls: Calls, seen: _Calls | None = None) -> list[C
 
     Raises TraceError where the forward can't be followed.
     """
-    nodes = Nodes.of(model)
+    channels = Channels.of(model)
     handle = register_module_forward_hook(seen.note, with_kwargs=True) if seen is not None else None
     try:
-        return follow(model, nodes, Graph(nodes.total), calls).costs
+        return walk_forward(model, channels, Graph(channels.total), calls).costs
     finally:
         if handle is not None:
             handle.remove()

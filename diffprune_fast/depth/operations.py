@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tracing.channels import Nodes
+from ..tracing.channels import Channels
 from ..tracing.graph import Graph
 from ..tracing.records import Calls
 from ..tracing.tracer import Tracer
@@ -19,8 +19,8 @@ def computation(model: nn.Module, calls: Calls, names: Mapping[str, str] | None 
 
     names: parameters' names to the ones that stand in the list.
     """
-    nodes = Nodes.of(model)
-    steps = _Steps(model, nodes, names or {})
+    channels = Channels.of(model)
+    steps = _Steps(model, channels, names or {})
     steps.run(model, calls)
     return steps.steps
 
@@ -28,8 +28,8 @@ def computation(model: nn.Module, calls: Calls, names: Mapping[str, str] | None 
 class _Steps(Tracer):
     """A walk that looks at no labels."""
 
-    def __init__(self, model: nn.Module, nodes: Nodes, names: Mapping[str, str]) -> None:
-        super().__init__(model, nodes, Graph(nodes.total))
+    def __init__(self, model: nn.Module, channels: Channels, names: Mapping[str, str]) -> None:
+        super().__init__(model, channels, Graph(channels.total))
         self.steps: list[Any] = []
         self._names = names
         self._number: dict[int, int] = {}
