@@ -112,10 +112,7 @@ def _group(
 
 
 def _name_groups(
-    channels: Channels,
-    places: Sequence[tuple[str, int]],
-    starts: np.ndarray,
-    tables: list[list[tuple[int, np.ndarray]]],
+    channels: Channels, places: Sequence[tuple[str, int]], tables: list[list[tuple[int, np.ndarray]]]
 ) -> tuple[Group, ...]:
     used: dict[str, int] = {}
     groups = []
