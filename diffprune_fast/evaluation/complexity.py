@@ -15,5 +15,4 @@ def complexity(model: nn.Module, example_inputs: Any = None) -> Complexity:
 
     ``example_inputs``: as for :func:`diffprune_fast.trace`; diffusers models need none.
     """
-    plan = trace(model, example_inputs)
-    return Complexity(plan.params(), plan.macs())
+    return trace(model, example_inputs).complexity()

@@ -1,4 +1,4 @@
-"""Widths that a forward reads from elsewhere: found by slicing a model on meta before anything is planned on it.
+"""Widths that a forward reads from elsewhere: found by slicing a model on meta before its plan is handed on.
 
 Labels show which channels go together, not where a forward takes a size from: ``h.view(b, -1, self.inner_dim)``, or
 ``text.view(b, -1, image.shape[-1])``. So a first plan is tried with uneven keep-sets. Where the walk fails, two groups
@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from ..plan.keep_sets import alive_units, sliced_shapes
+from ..plan.lattice import lattice, rank_units
 from ..plan.plan import Plan
 from .channels import units_of_channels
 from .grouping import build_plan
@@ -46,7 +47,7 @@ def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
         if len(twins) > 1:
             continue  # another keep-set tells them apart
         for twin in twins:
-            walk.graph.constrain("size", reason, np.array([row, twin], np.int32))
+            walk.graph.constrain("size", error.place, np.array([row, twin], np.int32))
         for name in () if twins else groups:
             walk.graph.freeze(_first_channels(walk, plan, name), reason)
         suspects.clear()
@@ -66,11 +67,6 @@ def _try(
 
 def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
     """An allowed keep-set in which groups of equal size keep different counts, as far as that goes."""
-    from ..plan.lattice import (
-        lattice,  # selection is planned on: it imports this package
-        rank_units,
-    )
-
     of = lattice(plan, "count")
     seen: dict[int, int] = {}
     chosen = of.levels.copy()
@@ -80,13 +76,13 @@ def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
             chosen[c] = choices[len(choices) - 2 - seen.get(levels, 0) % (len(choices) - 1)]
             seen[levels] = seen.get(levels, 0) + 1
     stays = rank_units(of, np.random.default_rng(turn).random(plan.n_units), "independent").kept(chosen)
-    return {g.name: np.flatnonzero(stays[plan.offsets[i] : plan.offsets[i + 1]]) for i, g in enumerate(plan.groups)}
+    return plan.keep_of(stays)
 
 
 def _concerned(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: VerificationError) -> list[str]:
     """The groups of the channels at which the walk failed, or else those that have the size it was asked for."""
     units = units_of_channels(plan, walk.channels)[error.channels]
-    groups = np.unique(np.searchsorted(plan.offsets, units[units >= 0], side="right") - 1).tolist()
+    groups = np.unique(plan.group_of[units[units >= 0]])
     return [plan.groups[g].name for g in groups] or [n for n in keep if len(keep[n]) in error.sizes]
 
 
@@ -111,8 +107,6 @@ def _culprits(
 
 def _shrunk_clusters(plan: Plan, keep: Mapping[str, np.ndarray]) -> list[list[str]]:
     """Groups that constraints tie to one another, without those that keep everything."""
-    from ..plan.lattice import lattice
-
     clusters: dict[int, list[str]] = {}
     for g, c in zip(plan.groups, lattice(plan, "count").cluster.tolist()):
         if len(keep[g.name]) < g.n_units:

@@ -25,11 +25,13 @@ from .walk import Walk
 class VerificationError(ValueError):
     """The sliced model would not run, or its channels would not go together as the plan says.
 
-    channels: the channels that the failure concerns. sizes: the sizes that the failing operation was asked for.
+    place: the operation that failed. channels: those that the failure concerns. sizes: those that the operation was
+    asked for.
     """
 
-    def __init__(self, message: str, channels: np.ndarray, sizes: tuple[int, ...] = ()) -> None:
+    def __init__(self, message: str, place: str, channels: np.ndarray, sizes: tuple[int, ...] = ()) -> None:
         super().__init__(message)
+        self.place = place
         self.channels = channels
         self.sizes = sizes
 
@@ -63,7 +65,7 @@ class Comparison(Graph):
             return
         what = "norm groups" if "norm" in kind else "rows"
         message = f"after slicing, the {what} of {place} would hold other channels than before"
-        raise VerificationError(message, rows.reshape(-1), rows.shape[1:])
+        raise VerificationError(message, place, rows.reshape(-1), rows.shape[1:])
 
     def goes_whole(self, rows: np.ndarray, n_heads: int, module: str) -> bool:
         """The plan knows: a row's channels are one unit."""
@@ -76,11 +78,12 @@ class Comparison(Graph):
             if not np.array_equal(self.unit_of[a], self.unit_of[b]):
                 raise VerificationError(
                     f"after slicing, {place} would bring together channels that don't belong together",
+                    place,
                     np.concatenate([a, b]),
                 )
         for a, reason in self.frozen:
             if (self.unit_of[a] >= 0).any():
-                raise VerificationError(f"after slicing, a channel that was removed elsewhere {reason}", a)
+                raise VerificationError(f"after slicing, a channel that was removed elsewhere {reason}", "", a)
 
 
 @contextmanager
@@ -135,7 +138,7 @@ def verify_sliced(
     if found is not None:
         step, what = found
         message = f"after slicing, {what} used in {step.place} would change: it follows the width of the model"
-        raise VerificationError(message, step.channels)
+        raise VerificationError(message, step.place, step.channels)
 
 
 def _unsliced(model: nn.Module, plan: Plan, channels: Channels, norm_groups: NormGroups, calls: Calls) -> list[Step]:
@@ -144,13 +147,12 @@ def _unsliced(model: nn.Module, plan: Plan, channels: Channels, norm_groups: Nor
     try:
         return walk_forward(model, channels, whole, calls).steps
     except TraceError as error:
-        raise VerificationError(str(error), np.zeros(0, np.int32)) from error
+        raise VerificationError(str(error), "", np.zeros(0, np.int32)) from error
 
 
-def _failed(walk: Walk) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The channels of the operation that failed, and the sizes that it was asked for."""
-    args = walk.failed if walk.failed is not None else ()
-    labels = [walk.labels(t) for t in walk.tensors(list(args))]
-    channels = [x.reshape(-1) for found in labels if found is not None for x in found.maps]
+def _failed(walk: Walk) -> tuple[str, np.ndarray, tuple[int, ...]]:
+    """The operation that failed, its channels, and the sizes that it was asked for."""
+    place, args = walk.failed or (walk.module or "model", ())
+    channels = [x.reshape(-1) for t in walk.tensors(list(args)) for x in walk.maps(t)]
     sizes = [n for a in args if isinstance(a, (list, tuple)) for n in a if isinstance(n, int)]
-    return np.concatenate(channels) if channels else np.zeros(0, np.int32), tuple(sizes)
+    return place, np.concatenate([np.zeros(0, np.int32), *channels]), tuple(sizes)

@@ -34,7 +34,7 @@ class Walk:
         self.modules = {id(m): n for n, m in model.named_modules()}
         self.by_name = dict(model.named_modules())
         self.stack: list[str] = []
-        self.failed: tuple[Any, ...] | None = None
+        self.failed: tuple[str, tuple[Any, ...]] | None = None  # an operation's place and arguments
 
     def labels(self, t: Any) -> Labels | None:
         return read_note(t).labels
@@ -72,7 +72,7 @@ class Walk:
         try:
             return func(*args, **kwargs)
         except Exception:
-            self.failed = args
+            self.failed = self.place(func), args
             raise
 
     def tensors(self, tree: Any) -> Iterator[Tensor]:
