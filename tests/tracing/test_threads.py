@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Event
 
 import pytest
@@ -16,58 +18,69 @@ X = torch.zeros(1, 3, 8, 8)
 PATIENCE = 60  # seconds; nothing waits so long unless it hangs
 
 
-class Stopped(nn.Module):
-    """Two convolutions; the first forward stops half way until it may go on."""
+class Stop:
+    """Where a forward stops until it may go on."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
+        self.reached, self.lifted = Event(), Event()
+
+    def wait(self) -> None:
+        self.reached.set()
+        assert self.lifted.wait(PATIENCE)
+
+
+class Net(nn.Module):
+    """Two convolutions with something in between."""
+
+    def __init__(self, width: int, between: Callable[[], object]) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 1)
-        self.inside, self.go_on = Event(), Event()
+        self.between = between
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             h = self.a(x) * torch.as_tensor([2.0], device=x.device)
-        self.inside.set()
-        assert self.go_on.wait(PATIENCE)
+        self.between()
         with torch.autocast(x.device.type, enabled=False):
             return self.b(h / torch.tensor([2.0], device=x.device))
 
 
-def plan_alone(width: int) -> dpf.Plan:
-    model = Stopped(width)
-    model.go_on.set()
-    return dpf.trace(model, (X,))
+@contextmanager
+def walks(*widths: int) -> Iterator[tuple[list[Stop], list[Future[dpf.Plan]]]]:
+    """A thread for each width, in the middle of its walk."""
+    stops = [Stop() for _ in widths]
+    with ThreadPoolExecutor(len(widths)) as pool:
+        try:
+            nets = [Net(width, lambda stop=stop: stop.wait()) for width, stop in zip(widths, stops)]
+            plans = [pool.submit(dpf.trace, net, (X,)) for net in nets]
+            assert all(stop.reached.wait(PATIENCE) for stop in stops)
+            yield stops, plans
+        finally:
+            for stop in stops:
+                stop.lifted.set()
 
 
 def test_two_threads_walk_at_the_same_time() -> None:
-    models = Stopped(16), Stopped(24)
-    with ThreadPoolExecutor(2) as pool:
-        plans = [pool.submit(dpf.trace, model, (X,)) for model in models]
-        assert all(model.inside.wait(PATIENCE) for model in models)
-        models[0].go_on.set()
+    alone = [dpf.trace(Net(width, lambda: None), (X,)) for width in (16, 24)]
+    with walks(16, 24) as (stops, plans):
+        stops[0].lifted.set()
         first = plans[0].result(PATIENCE)
-        models[1].go_on.set()  # the other's end must not have ended what this one walks in
-        second = plans[1].result(PATIENCE)
-    assert [first, second] == [plan_alone(16), plan_alone(24)]
+        stops[1].lifted.set()  # the end of the other's walk has not ended what this one walks in
+        assert [first, plans[1].result(PATIENCE)] == alone
 
 
 def test_another_thread_sees_pytorch_as_it_is_during_a_walk() -> None:
-    init, model = torch.autocast.__init__, Stopped(16)
-    with ThreadPoolExecutor(1) as pool:
-        plan = pool.submit(dpf.trace, model, (X,))
-        assert model.inside.wait(PATIENCE)
-        try:
-            made = [
-                torch.as_tensor([2.0], device="meta"),
-                torch.tensor([2.0], device="meta"),
-                torch.zeros(1, device="meta").new_tensor([2.0]),
-            ]
-            with pytest.raises(RuntimeError):
-                torch.autocast("meta")
-        finally:
-            model.go_on.set()
-        plan.result(PATIENCE)
+    init = torch.autocast.__init__
+    with walks(16) as (_, plans):
+        made = [
+            torch.as_tensor([2.0], device="meta"),
+            torch.tensor([2.0], device="meta"),
+            torch.zeros(1, device="meta").new_tensor([2.0]),
+        ]
+        with pytest.raises(RuntimeError):
+            torch.autocast("meta")
     assert [t.device.type for t in made] == ["meta"] * 3
+    assert plans[0].result(PATIENCE)["a"].n_units == 16
     assert torch.autocast.__init__ is init
 
 
