@@ -246,7 +246,7 @@ class Reads(nn.Module):
 )
 def test_gate_refuses_a_forward_that_would_change(how: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Reads(how)
-    monkeypatch.setattr(dpf.tracing, "probed", lambda model, walk, plan, calls: plan)
+    monkeypatch.setattr(dpf.tracing, "probe_plan", lambda model, walk, plan, calls: plan)
     plan = dpf.trace(model, X)
     assert plan.groups, "labels alone can't see it"
     (group,) = plan.groups
