@@ -18,10 +18,13 @@ VariantName = Literal["paper", "ddpm_exp", "ddpm_prune", "ldm_exp"]
 Autocast = Literal["bf16", "bfloat16"]
 # Selection, see `select`.
 RankingName = Literal["local", "global"]
+Allocation = Literal["gauss-newton", "mean"]
 Rounding = Literal["reference"]
 Offsets = Literal["independent", "same"]
 # Depth: how a block's worth is found, see `score_blocks`.
 BlockMethod = Literal["first-order", "loss"]
+# Compensation: what the layers are solved for, see `compensate`.
+CompensationMode = Literal["auto", "full", "channels"]
 
 
 def check_choice(name: str, value: object, alias: Any) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from .architectures.inputs import knows_inputs
@@ -21,6 +20,7 @@ from .plan.plan import Plan
 from .result import PruneResult, record
 from .scoring.options import ScoreOptions
 from .scoring.score import score
+from .scoring.scores import rehearsed_scores
 from .selection.options import SelectOptions
 from .selection.select import select
 from .slicing.optimizers import check_optimizer
@@ -125,13 +125,12 @@ def score_and_prune(
         plan = plan or trace(dense, example_inputs, units=units)
         laps.end("trace")
 
-        # Any scores will do: can the budget be met, and can a model so pruned be sliced?
-        some = np.random.default_rng(seed % 2**63).random(plan.n_units)
-        rehearsal = select(plan, some, **budget, norm_groups=norm_groups, **selecting)
+        rehearsal = select(plan, rehearsed_scores(plan), **budget, norm_groups=norm_groups, **selecting)
         sliced = dry_run(dense, plan, rehearsal.keep, norm_groups=norm_groups, example_inputs=example_inputs)
         check_optimizer(dense, optimizer, inplace, {name for name, _ in sliced.kept})
         laps.end("rehearse")
 
+        scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
         scores = score(dense, loader, plan, seed=seed, **scoring)
         laps.end("score")
 

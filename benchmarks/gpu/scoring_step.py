@@ -44,7 +44,16 @@ class ScoringStep:
         if compiled:
             model.compile(backend=compiled)  # in place: its signature and its config are still there to be read
         autocast = torch.bfloat16 if name == "bf16" else None
-        self.work = Work(model, plan, objective, None, self.parameters, step.device, 0, autocast)  # type: ignore[arg-type]
+        self.work = Work(
+            model=model,
+            plan=plan,
+            objective=objective,
+            batches=None,  # type: ignore[arg-type]
+            parameters=self.parameters,
+            device=step.device,
+            seed=0,
+            autocast=autocast,
+        )
         self.collector = MicroScores(self.work, units, "abs")
         thetas = {n: p.detach() for n, p in self.parameters.items()}
         self.thetas = [thetas[n] for n in units.names]

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ..choices import BlockMethod, check_choice
 from ..objective.batches import Batches, check_batch, count
+from ..objective.checks import check_weights
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
+from ..objective.loss_run import LossRun
 from ..objective.randomness import own_randomness
 from ..plan.blocks import Block, Returns
-from ..plan.plan import Plan
-from ..scoring.checks import AUTOCAST, check_timesteps, check_weights
-from ..scoring.estimators import CHECK_EVERY, Work
+from ..scoring.checks import AUTOCAST, check_timesteps
+from ..scoring.estimators import CHECK_EVERY
 from ..scoring.score import counted_timesteps
 from ..scoring.scores import BlockScores
 from .find_blocks import find_blocks, passthroughs_for
@@ -74,9 +75,16 @@ def score_blocks(
         raise ValueError(f"{type(model).__name__} has no residual block that could be left out")
     with own_randomness(seed, loader), torch.inference_mode(False), torch.enable_grad():
         batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn))
-        with stand_ins(model, ()) as none:
-            plan = Plan(type(model).__name__, (), (), {}, {})
-            work = Work(model, plan, objective, batches, none, device, seed, AUTOCAST[autocast], progress=progress)
+        with stand_ins(model, ()):
+            work = LossRun(
+                model=model,
+                objective=objective,
+                batches=batches,
+                device=device,
+                seed=seed,
+                autocast=AUTOCAST[autocast],
+                progress=progress,
+            )
             allowed = counted_timesteps(work, threshold)[1] if asked is None else asked
             measure = _FirstOrder(work, blocks) if method == "first-order" else _Loss(work, blocks)
             rows, taken = _walked_through(work, measure, allowed, samples, micro_batch)
@@ -89,7 +97,7 @@ def score_blocks(
 
 
 def _walked_through(
-    work: Work, measure: Any, allowed: np.ndarray, samples: int, micro_batch: int
+    work: LossRun, measure: Any, allowed: np.ndarray, samples: int, micro_batch: int
 ) -> tuple[np.ndarray, int]:
     """``(n micro-batches, n_blocks)`` costs, and the samples used."""
     from tqdm.auto import tqdm
@@ -110,10 +118,10 @@ def _walked_through(
 class _FirstOrder(ExitStack):
     """Hooks that multiply what each block adds to its inputs with the gradient that comes back."""
 
-    def __init__(self, work: Work, blocks: Sequence[Block]) -> None:
+    def __init__(self, work: LossRun, blocks: Sequence[Block]) -> None:
         super().__init__()
         self._work, self._blocks = work, blocks
-        self._sums = torch.zeros(len(blocks), dtype=work.new_scores().dtype, device=work.device)
+        self._sums = torch.zeros(len(blocks), dtype=work.sum_dtype, device=work.device)
 
     def __enter__(self) -> _FirstOrder:
         for i, block in enumerate(self._blocks):
@@ -150,7 +158,7 @@ class _FirstOrder(ExitStack):
 class _Loss(ExitStack):
     """The loss without each block, less the loss with it."""
 
-    def __init__(self, work: Work, blocks: Sequence[Block]) -> None:
+    def __init__(self, work: LossRun, blocks: Sequence[Block]) -> None:
         super().__init__()
         self._work, self._blocks = work, blocks
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..objective.batches import Batches, count
-from ..objective.loss import Objective
-from ..objective.nested import moved
-from ..objective.randomness import NOISE, TIMESTEPS, generator_for, stratified
+from ..objective.batches import count
+from ..objective.loss_run import LossRun
+from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
 from .scores import keep_set_agreement
@@ -32,64 +30,17 @@ CHECK_EVERY = 8
 MIN_BATCHES = 16
 
 
-@dataclass
-class Work:
-    """What every estimator needs: the model with its stand-in parameters, the plan, where the images come from."""
+@dataclass(kw_only=True)
+class Work(LossRun):
+    """What every estimator needs: losses of the model with its stand-in parameters, and the plan of its units."""
 
-    model: nn.Module
     plan: Plan
-    objective: Objective
-    batches: Batches
     parameters: Mapping[str, nn.Parameter]
-    device: torch.device
-    seed: int
-    autocast: torch.dtype | None = None
     backend: str = "auto"
-    progress: bool = True
-    _failed: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._failed = torch.zeros(self.objective.n_timesteps, dtype=torch.int32, device=self.device)
 
     def new_scores(self) -> Tensor:
         """``(n_units,)`` zeros, in double precision where the device has it."""
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return torch.zeros(self.plan.n_units, dtype=dtype, device=self.device)
-
-    def precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
-
-    def losses(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
-        """``(batch,)`` losses, or a scalar where a ``loss_fn`` has no more. The host doesn't wait for the device.
-
-        A NaN or infinite one is remembered until :meth:`check_losses`. Raises ValueError where nothing can be
-        differentiated.
-        """
-        with self.precision():
-            losses = self.objective.loss(self.model, batch, t, noise, reduction="none")
-        if torch.is_grad_enabled() and not losses.requires_grad:
-            raise ValueError("the loss doesn't depend on the model's parameters: there is no gradient to score with")
-        bad = ~torch.isfinite(losses.detach())
-        self._failed.index_add_(0, t, (bad if bad.shape == t.shape else bad.any().expand(len(t))).int())
-        return losses
-
-    def mean_loss(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
-        return self.losses(batch, t, noise).mean()
-
-    def check_losses(self) -> None:
-        """Raise FloatingPointError, naming the timesteps, if a loss since the start was NaN or infinite."""
-        steps = self._failed.nonzero().flatten().tolist()
-        if steps:
-            raise FloatingPointError(f"NaN or infinite loss at timesteps {steps[:8]}")
-
-    def draw(self, k: int, size: int, allowed: np.ndarray) -> tuple[Any, Tensor, Tensor]:
-        """Micro-batch ``k``: images, timesteps and noise, the same on any number of ranks."""
-        batch = moved(self.batches.take(size), self.device)
-        noise = self.objective.noise(batch, generator_for(self.seed, NOISE, k))
-        t = stratified(allowed, count(batch), generator_for(self.seed, TIMESTEPS, k))
-        return batch, t.to(self.device, non_blocking=True), noise
+        return torch.zeros(self.plan.n_units, dtype=self.sum_dtype, device=self.device)
 
 
 class Collector(Protocol):
@@ -293,18 +244,3 @@ def _not_finite(name: str) -> str:
         f"the gradient of {name} is NaN or infinite: try the model in single precision or autocast='bf16', "
         "and look for images that are out of range"
     )
-
-
-def rank_and_count() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) where torch.distributed is not in use."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def summed_over_ranks(values: Tensor) -> Tensor:
-    """A copy of ``values``, added up over all ranks."""
-    values = values.clone()
-    if rank_and_count()[1] > 1:
-        torch.distributed.all_reduce(values)
-    return values

@@ -28,4 +28,5 @@ class ScoreOptions(TypedDict, total=False):
     progress: bool
     autocast: Autocast | torch.dtype | None
     timesteps: Sequence[int] | None
+    damage: bool
     backend: str

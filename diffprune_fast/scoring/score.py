@@ -16,15 +16,19 @@ from torch import nn
 
 from ..choices import Autocast, CriterionName, Estimator, VariantName, check_choice
 from ..objective.batches import Batches, check_batch
+from ..objective.checks import check_weights
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
+from ..objective.loss_run import LossRun
 from ..objective.nested import moved
 from ..objective.randomness import generator_for, own_randomness
+from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
-from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps, check_weights
+from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps
 from .criteria import CRITERIA, Criterion, Variant
-from .estimators import MeanGradient, MicroScores, Work, rank_and_count, summed_over_ranks, until_agreed
+from .estimators import MeanGradient, MicroScores, Work, until_agreed
+from .gauss_newton import SAMPLES, estimated_damage
 from .reference_loop import reference_scores
 from .scores import LossCurve, Scores
 from .tables import UnitTable, unit_table
@@ -62,6 +66,7 @@ def score(
     progress: bool = True,
     autocast: Autocast | torch.dtype | None = None,
     timesteps: Sequence[int] | None = None,
+    damage: bool = True,
     backend: str = "auto",
 ) -> Scores:
     """How much every unit of ``plan`` matters to the diffusion loss. The model is as before when this ends.
@@ -81,6 +86,8 @@ def score(
     micro_batch, min_samples, max_samples: in samples; min_samples is 512 if not given, or max_samples where that is
     less; at least 16 micro-batches are taken if max_samples allows. agreement: stop when the keep-sets (at
     agreement_ratio) of the two halves agree this much twice running. autocast: None or "bf16".
+    damage: with a loader, also estimate what the output loses with each unit, which ``select`` allocates by: 512
+    samples more, or max_samples where that is less, at all timesteps, whatever the criterion and the estimator.
 
     In torch.distributed the ranks share the micro-batches of "micro" and end with the same scores as one process,
     provided that every rank's loader yields the same batches; other estimators run in full on every rank.
@@ -100,7 +107,7 @@ def score(
     table = unit_table(plan)
     check_plan(model, plan, table)
     device = check_weights(model)
-    if not rule.needs_data:
+    if not rule.needs_data and (loader is None or not damage):
         values = _without_data(model, plan, table, rule, seed, backend)
         return Scores(values, "none", criterion, seed, seconds=time.perf_counter() - begin)
     objective = make_objective(model, scheduler, loss_fn).on(device)
@@ -112,9 +119,21 @@ def score(
         batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn))
         with stand_ins(model, table.parameters) as parameters:
             work = Work(
-                model, plan, objective, batches, parameters, device, seed, AUTOCAST[autocast], backend, progress
+                model=model,
+                plan=plan,
+                objective=objective,
+                batches=batches,
+                parameters=parameters,
+                device=device,
+                seed=seed,
+                autocast=AUTOCAST[autocast],
+                backend=backend,
+                progress=progress,
             )
-            if estimator.startswith("reference"):
+            found: dict[str, Any]
+            if not rule.needs_data:
+                found = {"values": _without_data(model, plan, table, rule, seed, backend)}
+            elif estimator.startswith("reference"):
                 found = _reference(work, estimator, reading, rule, variant, limit, asked)
             else:
                 found = _sampled(
@@ -130,8 +149,12 @@ def score(
                     agreement=agreement,
                     agreement_ratio=agreement_ratio,
                 )
+            if damage:
+                every = np.arange(objective.n_timesteps) if asked is None else asked
+                most = min(SAMPLES, max_samples)
+                found["damage"] = estimated_damage(work, allowed=every, micro_batch=micro_batch, samples=most)
     return Scores(
-        estimator=estimator,
+        estimator=estimator if rule.needs_data else "none",
         criterion=criterion,
         seed=seed,
         agreement_ratio=agreement_ratio,
@@ -179,7 +202,7 @@ def _reference(
     return {"values": values, "samples": walk.samples, "agreement": None, "curve": curve}
 
 
-def counted_timesteps(work: Work, threshold: float | None) -> tuple[LossCurve | None, np.ndarray]:
+def counted_timesteps(work: LossRun, threshold: float | None) -> tuple[LossCurve | None, np.ndarray]:
     """The timesteps with ``L_t > T * L_max``, and the curve that says so; without a threshold all of them, and None."""
     if threshold is None or work.objective.n_timesteps < 2:
         return None, np.arange(work.objective.n_timesteps)
@@ -187,7 +210,7 @@ def counted_timesteps(work: Work, threshold: float | None) -> tuple[LossCurve | 
     return curve, curve.kept_timesteps
 
 
-def _curve(work: Work, threshold: float) -> LossCurve:
+def _curve(work: LossRun, threshold: float) -> LossCurve:
     """The loss over the timesteps, on a few images; ranks measure each on its own and take the mean."""
     batch = moved(work.batches.take(CURVE_SAMPLES), work.device)
     noise = work.objective.noise(batch, generator_for(work.seed, CURVE, 0))

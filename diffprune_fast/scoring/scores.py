@@ -49,6 +49,9 @@ class Scores:
     rest on. seconds: wall-clock time. agreement: Jaccard index of the keep-sets that two independent halves of the
     samples choose at ``agreement_ratio``: the trust in these scores, None where there are no two halves.
     curve: the loss over the timesteps, None where it wasn't needed.
+    damage: ``(plan.n_units,)`` float64, the estimated mean squared change of the model's output when the unit's
+    consumers lose it (Gauss-Newton), which compares between groups where ``values`` only order the units inside one;
+    None without a loader, or where the model's output could not be seen.
     """
 
     values: np.ndarray
@@ -61,6 +64,7 @@ class Scores:
     agreement_ratio: float = 0.3
     curve: LossCurve | None = None
     variant: str | None = None
+    damage: np.ndarray | None = None
 
     def of(self, plan: Plan, name: str) -> np.ndarray:
         """The scores of one group's units, ``(n_units,)``. Raises KeyError for a group that the plan doesn't have."""
@@ -86,6 +90,12 @@ class Scores:
                 "threshold": self.curve.threshold,
             }
         return found
+
+
+def rehearsed_scores(plan: Plan) -> Scores:
+    """Scores that mean nothing but have everything, for trying out what would be done with real ones."""
+    values = np.random.default_rng(0).random(plan.n_units)
+    return Scores(values, "none", "random", 0, damage=values)
 
 
 def keep_set_agreement(plan: Plan, a: np.ndarray, b: np.ndarray, ratio: float) -> float:

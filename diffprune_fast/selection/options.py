@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-from ..choices import Offsets, RankingName, Rounding
+from ..choices import Allocation, Offsets, RankingName, Rounding
 
 
 class SelectOptions(TypedDict, total=False):
     """The keywords of :func:`select` that :func:`score_and_prune` hands on."""
 
     ranking: RankingName | None
+    allocation: Allocation | None
     round_to: int | None
     offsets: Offsets
     rounding: Rounding | None

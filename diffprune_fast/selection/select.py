@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..choices import NormGroups, Offsets, RankingName, Rounding, check_choice
+from ..choices import Allocation, NormGroups, Offsets, RankingName, Rounding, check_choice
 from ..plan.lattice import Lattice, Ranking, lattice, rank_units
 from ..plan.plan import Plan
 from . import search
+from .allocation import Curves, Resource, allocate, coherent_curves, discounted
 from .budgets import UNITS, Budget, BudgetError, check_number, check_ratio, match_groups, parse_budget
 from .ranking import check_scores, normalised
 
@@ -25,6 +26,7 @@ class Selection:
 
     keep: every group's name to the sorted int64 indices of its units that stay. asked, met: the budget, in words.
     notes: everything in which the result departs from the request (rounding, constraints, ties between groups).
+    allocation: how the groups shared a global budget; ``"uniform"`` where the ranking is local.
     """
 
     keep: dict[str, np.ndarray]
@@ -33,9 +35,11 @@ class Selection:
     norm_groups: NormGroups
     ranking: str
     notes: tuple[str, ...] = ()
+    allocation: str = "uniform"
 
     def __str__(self) -> str:
-        head = f"asked: {self.asked}\nmet:   {self.met}\n{self.ranking} ranking, norm groups: {self.norm_groups}"
+        head = f"asked: {self.asked}\nmet:   {self.met}\n{self.ranking} ranking, {self.allocation} allocation, "
+        head += f"norm groups: {self.norm_groups}"
         return "\n".join([head, *(f"note:  {note}" for note in self.notes)])
 
 
@@ -47,6 +51,7 @@ def select(
     params: float | None = None,
     macs: float | None = None,
     ranking: RankingName | None = None,
+    allocation: Allocation | None = None,
     round_to: int | None = 8,
     norm_groups: NormGroups = "count",
     offsets: Offsets = "independent",
@@ -57,11 +62,15 @@ def select(
 ) -> Selection:
     """Choose the units that stay so that the budget is met and every constraint holds.
 
-    scores: ``(plan.n_units,)`` by plan-wide unit id; the lowest go first.
+    scores: of :func:`~diffprune_fast.scoring.score`, or ``(plan.n_units,)`` by plan-wide unit id; inside a group the
+    lowest go first.
     ratio: share of units that goes (0.3 when no budget is given). params, macs: what stays, as a share (0.5) or a
     number (3_400_000_000); met from below. One of the three.
-    ranking: ``"local"`` takes the same share of every group, ``"global"`` compares scores between groups, each divided
-    by its group's mean. None: local for a ratio, global for params and macs.
+    ranking: ``"local"`` takes the same share of every group, ``"global"`` lets the groups share the budget. None: local
+    for a ratio, global for params and macs.
+    allocation: how they share it. ``"gauss-newton"``: by the damage to the model's output that ``Scores`` estimate, the
+    least for what it saves. ``"mean"``: by the scores, each divided by its group's mean, which says little about the
+    damage. None: gauss-newton where the scores have their damage.
     round_to: widths become multiples of so many channels where the constraints leave that choice; None or 1: any.
     norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
     offsets: ``"independent"`` keeps equally many units in every norm group or head, ``"same"`` the same offsets.
@@ -80,6 +89,7 @@ def select(
     ranking = ranking or ("local" if budget.kind == "ratio" else "global")
     _check_options(budget, ranking, round_to, norm_groups, rounding, max_ratio)
     values = check_scores(plan, scores if isinstance(scores, np.ndarray) else scores.values)
+    damage, used = _allocation(plan, scores, ranking, allocation)
 
     allowed = lattice(plan, norm_groups, 1 if rounding == "reference" else round_to or 1)
     order = rank_units(allowed, values, offsets)
@@ -94,12 +104,60 @@ def select(
         if (chosen == allowed.levels).all():
             raise BudgetError(f"{budget} removes nothing: {_smallest_step(allowed, free)}")
     else:
-        chosen = _by_search(plan, allowed, order, values, budget, ranking, own, max_ratio)
+        curves = None
+        if damage is not None:
+            curves = coherent_curves(order, discounted(plan, allowed, damage) if budget.kind == "params" else damage)
+        chosen = _by_search(plan, allowed, order, values, budget, ranking, own, max_ratio, curves)
     counts = allowed.counts(chosen)
     notes += _notes(plan, allowed, budget, chosen, free, rounding)
+    notes += _on_allocation(plan, budget, ranking, allocation, used, counts)
     keep = plan.keep_of(order.kept(chosen))
     asked, met = _words(plan, allowed, budget, counts, free)
-    return Selection(keep, asked, met, norm_groups, ranking, tuple(notes))
+    return Selection(keep, asked, met, norm_groups, ranking, tuple(notes), used)
+
+
+def _allocation(
+    plan: Plan, scores: Scores | np.ndarray, ranking: str, asked: Allocation | None
+) -> tuple[np.ndarray | None, str]:
+    """The damage to allocate by, if that is how it is done, and the name of how it is done."""
+    if asked is not None:
+        check_choice("allocation", asked, Allocation)
+    if ranking == "local":
+        if asked is not None:
+            raise ValueError(
+                f"allocation={asked!r} says how groups share a budget, but a local ranking takes the same share of "
+                "every group: ask for macs or params, or for ranking='global'"
+            )
+        return None, "uniform"
+    damage = None if isinstance(scores, np.ndarray) else scores.damage
+    if asked == "mean" or (asked is None and damage is None):
+        return None, "mean"
+    if damage is None:
+        raise ValueError(
+            "allocation='gauss-newton' needs scores with their damage: score with a loader and damage=True "
+            "(or choose allocation='mean')"
+        )
+    damage = check_scores(plan, damage)
+    if (damage < 0).any():
+        raise ValueError(f"{int((damage < 0).sum())} damages are below zero: they are squared changes of the output")
+    return damage, "gauss-newton"
+
+
+def _on_allocation(
+    plan: Plan, budget: Budget, ranking: str, asked: Allocation | None, used: str, counts: np.ndarray
+) -> list[str]:
+    if used == "mean" and asked is None:
+        return [
+            "groups share the budget by scores divided by their group's mean, as there is no damage to go by: "
+            "scores with a loader have one, and lose far less"
+        ]
+    share = plan.macs(counts) / max(plan.macs(), 1)
+    if budget.kind == "ratio" and ranking == "local" and 0.01 <= share < 0.995:
+        return [
+            f"every group loses the same share; macs={share:.2g} asks for a model of the same MACs whose groups share "
+            "the budget by what their loss does to the output, which is usually far better"
+        ]
+    return []
 
 
 def _check_options(
@@ -168,6 +226,7 @@ def _by_search(
     ranking: str,
     own: np.ndarray,
     max_ratio: float,
+    curves: Curves | None,
 ) -> np.ndarray:
     choices = []
     for c, all_of_it in enumerate(of.allowed):
@@ -203,6 +262,8 @@ def _by_search(
                 "ask for fewer, or for a share between 0 and 1"
             )
     try:
+        if curves is not None:
+            return allocate(choices, curves, Resource.of(plan, of, budget.kind, free), limit)
         return search.meet(of, choices, level_scores, cost, limit)
     except search.Unreachable as e:
         raise BudgetError(_unreachable(budget, whole, e.least, max_ratio)) from None

@@ -68,8 +68,15 @@ def test_a_scoring_step_never_waits_and_can_be_captured(unet: torch.nn.Module, d
     plan = diffprune_fast.trace(unet)
     unet = unet.to(device).eval()
     objective = make_objective(unet).on(device)
-    work = Work(unet, plan, objective, Batches([torch.rand(8, 3, 16, 16) * 2 - 1], lambda _: None),
-                dict(unet.named_parameters()), device, 0)  # fmt: skip
+    work = Work(
+        model=unet,
+        plan=plan,
+        objective=objective,
+        batches=Batches([torch.rand(8, 3, 16, 16) * 2 - 1], lambda _: None),
+        parameters=dict(unet.named_parameters()),
+        device=device,
+        seed=0,
+    )
     collector = MicroScores(work, unit_table(plan), "abs")
     batch, t, noise = work.draw(0, 8, np.arange(1000))
     stream = torch.cuda.Stream()

@@ -120,7 +120,15 @@ def test_halves_are_the_even_and_the_odd_micro_batches() -> None:
     from diffprune_fast.scoring.tables import unit_table
 
     objective = make_objective(model)
-    work = Work(model, plan, objective, None, dict(model.named_parameters()), torch.device("cpu"), SEED)  # type: ignore[arg-type]
+    work = Work(
+        model=model,
+        plan=plan,
+        objective=objective,
+        batches=None,  # type: ignore[arg-type]
+        parameters=dict(model.named_parameters()),
+        device=torch.device("cpu"),
+        seed=SEED,
+    )
     collector = MicroScores(work, unit_table(plan), "abs", bucket_bytes=1)  # every gradient is a bucket of its own
     for k, (x, t, noise) in enumerate(micro_batches(objective, np.array(ALLOWED), 3)):
         collector.add(k, lambda x=x, t=t, noise=noise: objective.loss(model, x, t, noise))  # type: ignore[misc]

@@ -371,5 +371,5 @@ def test_widths_that_a_forward_reads_elsewhere_stay_and_the_reason_has_the_line(
     assert not plan.groups
     reason = plan.frozen["inner.weight:0"]
     assert "has a width that is read elsewhere" in reason
-    assert "test_tracing.py" in reason
+    assert "test_trace.py" in reason
     assert "self.inner(x).view(x.shape[0], self.width)" in reason

@@ -24,7 +24,7 @@ from torch import Tensor
 from diffprune_fast.ops import cuda, reference, slice_tables
 from diffprune_fast.ops.slice_channels import Slice, sliced_shape
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+CSRC = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 SCHEDULES = {"random": 0, "newest first": 1, "oldest starves": 2, "writes first": 3, "oldest first": 4}
 DONE, DEADLOCK, OVERWRITTEN, OUT_OF_ROOM = range(4)
 

@@ -108,7 +108,7 @@ def test_a_width_that_a_number_follows_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a tensor of one element", "a sum of ones", "the groups of a norm", "a branch"])
-def test_the_gate_refuses_a_keep_set_that_changes_a_number(name: str) -> None:
+def test_verification_refuses_a_keep_set_that_changes_a_number(name: str) -> None:
     model = randomised(Net(FOLLOWING[name]))
     calls = calls_of(model, (X[:1],))
     walk = walk_forward(model, channels := Channels.of(model), Graph(channels.total), calls)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-SUITE = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
+SUITE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffprune_fast.objective import make_objective
+from diffprune_fast.objective.checks import check_weights
 from diffprune_fast.objective.isolation import stand_ins
 from diffprune_fast.objective.randomness import own_randomness
 from diffprune_fast.scoring import score
-from diffprune_fast.scoring.checks import check_weights
 from diffprune_fast.scoring.estimators import MicroScores, Work
 from diffprune_fast.scoring.tables import unit_table
 
@@ -298,7 +298,15 @@ def test_a_scoring_step_reads_nothing_back_until_it_is_asked_for_sums() -> None:
     model = tiny()
     plan = tiny_plan(model)
     objective = make_objective(model)
-    work = Work(model, plan, objective, None, dict(model.named_parameters()), torch.device("cpu"), 0)  # type: ignore[arg-type]
+    work = Work(
+        model=model,
+        plan=plan,
+        objective=objective,
+        batches=None,  # type: ignore[arg-type]
+        parameters=dict(model.named_parameters()),
+        device=torch.device("cpu"),
+        seed=0,
+    )
     collector = MicroScores(work, unit_table(plan), "abs")
     batch, noise, t = images(4), images(4, seed=1), torch.tensor([1, 2, 3, 4])
     with HostReads() as reads:
