@@ -19,14 +19,13 @@ from ..architectures.configs import build_on_meta, own_config, shapes_of
 from ..architectures.inputs import calls_of
 from ..checkpoint.saving import replace_save_pretrained
 from ..plan.blocks import Block
-from ..plan.plan import Complexity
 from ..pruned.passthrough import Passthrough
 from ..pruned.record import attach_record, before_pruning
 from ..result import PruneResult, record
 from ..slicing.optimizers import check_optimizer
 from ..tracing.errors import TraceError
 from ..tracing.trace import trace
-from .find_blocks import complexity_of, find_blocks, put_passthroughs, walked
+from .find_blocks import complexity_of, costs_of_forward, find_blocks, put_passthroughs
 from .operations import computation
 
 
@@ -85,8 +84,7 @@ def drop_blocks(
         forget(optimizer, old, model)
     attach_record(model, before_pruning(model, plan))
     replace_save_pretrained(model)
-    after = Complexity(plan.params(), plan.macs())
-    return record(PruneResult(model, plan, {}, before, after, dropped=tuple(b.name for b in chosen)))
+    return record(PruneResult(model, plan, {}, before, plan.complexity(), dropped=tuple(b.name for b in chosen)))
 
 
 def named(blocks: Sequence[Block], patterns: Iterable[str]) -> list[Block]:
@@ -115,7 +113,7 @@ def without(
     try:
         put_passthroughs(model, {b.name: b.returns for b in blocks})
         try:
-            walked(model, calls)
+            costs_of_forward(model, calls)
         except TraceError as error:
             raise DepthError(
                 f"{type(model).__name__} doesn't run without {', '.join(b.name for b in blocks)}: {error}"

@@ -15,12 +15,12 @@ from ..architectures.inputs import calls_of
 from ..plan.blocks import Block, Returns
 from ..plan.plan import Complexity
 from ..pruned.passthrough import Passthrough
-from ..tracing.channels import Nodes
+from ..tracing.channels import Channels
 from ..tracing.errors import TraceError
 from ..tracing.graph import Graph
 from ..tracing.records import Calls, CostTerm
-from ..tracing.tracer import follow
-from .residual import handed_on
+from ..tracing.tracer import walk_forward
+from .residual import find_returns
 
 
 def find_blocks(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> tuple[Block, ...]:
@@ -50,29 +50,29 @@ def find_blocks(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, An
     """
     calls = calls_of(model, example_inputs)
     seen = _Calls(model)
-    costs = walked(model, calls, seen)
+    costs = costs_of_forward(model, calls, seen)
     known: dict[Any, Returns] = {}
     found: dict[str, Returns] = {}
     for name, module in model.named_modules():
         if name and name in seen.first and next(module.parameters(), None) is not None:
             key = _kind(module, seen.first[name])
             if key not in known:
-                known[key] = handed_on(module, *seen.first[name]) if seen.may_be(name) else None
+                known[key] = find_returns(module, *seen.first[name]) if seen.may_be(name) else None
             if known[key] is not None:
                 found[name] = known[key]
     found = {n: r for n, r in found.items() if n in _removable(model, calls, found)}
-    return tuple(_described(model, name, returns, costs) for name, returns in found.items())
+    return tuple(_describe(model, name, returns, costs) for name, returns in found.items())
 
 
-def walked(model: nn.Module, calls: Calls, seen: _Calls | None = None) -> list[CostTerm]:
+def costs_of_forward(model: nn.Module, calls: Calls, seen: _Calls | None = None) -> list[CostTerm]:
     """What a forward on meta costs; ``seen`` notes the calls of its modules.
 
     Raises TraceError where the forward can't be followed.
     """
-    nodes = Nodes.of(model)
+    channels = Channels.of(model)
     handle = register_module_forward_hook(seen.note, with_kwargs=True) if seen is not None else None
     try:
-        return follow(model, nodes, Graph(nodes.total), calls).costs
+        return walk_forward(model, channels, Graph(channels.total), calls).costs
     finally:
         if handle is not None:
             handle.remove()
@@ -81,15 +81,15 @@ def walked(model: nn.Module, calls: Calls, seen: _Calls | None = None) -> list[C
 def macs_of(costs: Sequence[CostTerm], name: str = "") -> int:
     """Multiply-accumulates of everything below a module; attention's products are left out, as in the plan."""
     terms = [c for c in costs if not c.attention and (not name or c.place.startswith((name + ".", name + " ")))]
-    return sum(c.scale * math.prod(x.size for x in c.layers) for c in terms)
+    return sum(c.scale * math.prod(x.size for x in c.maps) for c in terms)
 
 
 def complexity_of(model: nn.Module, calls: Calls) -> Complexity:
-    return Complexity(sum(p.numel() for p in model.parameters()), macs_of(walked(model, calls)))
+    return Complexity(sum(p.numel() for p in model.parameters()), macs_of(costs_of_forward(model, calls)))
 
 
 @contextmanager
-def passed_over(model: nn.Module, blocks: Mapping[str, Returns]) -> Iterator[None]:
+def passthroughs_for(model: nn.Module, blocks: Mapping[str, Returns]) -> Iterator[None]:
     """The model with passthroughs in the places of blocks, for as long as this lasts."""
     undo = put_passthroughs(model, blocks)
     try:
@@ -145,15 +145,15 @@ def _kind(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> An
     plain = (bool, int, float, str, tuple, type(None))
     own = [(n, sorted((k, repr(v)) for k, v in vars(m).items() if type(v) in plain)) for n, m in module.named_modules()]
     shapes = [(n, tuple(p.shape)) for n, p in module.named_parameters()]
-    return type(module), repr(module), repr(own), repr(shapes), repr(_described_call(call))
+    return type(module), repr(module), repr(own), repr(shapes), repr(_describe_call(call))
 
 
-def _described_call(tree: Any) -> Any:
+def _describe_call(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return tuple(tree.shape), tree.dtype
     if isinstance(tree, dict):
-        return {k: _described_call(v) for k, v in tree.items()}
-    return [_described_call(x) for x in tree] if isinstance(tree, (list, tuple)) else repr(type(tree))
+        return {k: _describe_call(v) for k, v in tree.items()}
+    return [_describe_call(x) for x in tree] if isinstance(tree, (list, tuple)) else repr(type(tree))
 
 
 def _removable(model: nn.Module, calls: Calls, blocks: Mapping[str, Returns]) -> set[str]:
@@ -169,8 +169,8 @@ def _removable(model: nn.Module, calls: Calls, blocks: Mapping[str, Returns]) ->
         if not names:
             return set()
         try:
-            with passed_over(model, {n: blocks[n] for n in names}):
-                walked(model, calls)
+            with passthroughs_for(model, {n: blocks[n] for n in names}):
+                costs_of_forward(model, calls)
             return set(names)
         except TraceError:
             half = len(names) // 2
@@ -180,7 +180,7 @@ def _removable(model: nn.Module, calls: Calls, blocks: Mapping[str, Returns]) ->
     return {n for level in sorted(levels) for n in tried([b for b in blocks if depth(b) == level])}
 
 
-def _described(model: nn.Module, name: str, returns: Returns, costs: Sequence[CostTerm]) -> Block:
+def _describe(model: nn.Module, name: str, returns: Returns, costs: Sequence[CostTerm]) -> Block:
     block = model.get_submodule(name)
     inside = {id(m) for m in block.modules()}
     elsewhere = {id(p) for m in model.modules() if id(m) not in inside for p in m._parameters.values()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tracing.channels import Nodes
+from ..tracing.channels import Channels
 from ..tracing.graph import Graph
 from ..tracing.records import Calls
 from ..tracing.tracer import Tracer
@@ -19,8 +19,8 @@ def computation(model: nn.Module, calls: Calls, names: Mapping[str, str] | None 
 
     names: parameters' names to the ones that stand in the list.
     """
-    nodes = Nodes.of(model)
-    steps = _Steps(model, nodes, names or {})
+    channels = Channels.of(model)
+    steps = _Steps(model, channels, names or {})
     steps.run(model, calls)
     return steps.steps
 
@@ -28,28 +28,28 @@ def computation(model: nn.Module, calls: Calls, names: Mapping[str, str] | None 
 class _Steps(Tracer):
     """A walk that looks at no labels."""
 
-    def __init__(self, model: nn.Module, nodes: Nodes, names: Mapping[str, str]) -> None:
-        super().__init__(model, nodes, Graph(nodes.total))
+    def __init__(self, model: nn.Module, channels: Channels, names: Mapping[str, str]) -> None:
+        super().__init__(model, channels, Graph(channels.total))
         self.steps: list[Any] = []
         self._names = names
         self._number: dict[int, int] = {}
         self._alive: list[Tensor] = []  # an id is only a name while its tensor lives
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = self._described((args, kwargs or {}))
+        given = self._describe((args, kwargs or {}))
         out = self.walk.run(func, args, kwargs or {})
         for t in self.walk.tensors(out):
-            self._numbered(t)
+            self._give_number(t)
         self.steps.append((str(func), given))
         return out
 
-    def _numbered(self, t: Tensor) -> int:
+    def _give_number(self, t: Tensor) -> int:
         """A new number, also where an operation gives back the tensor that it has changed."""
         self._alive.append(t)
         self._number[id(t)] = len(self._alive)
         return len(self._alive)
 
-    def _described(self, tree: Any) -> Any:
+    def _describe(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
             name = self.walk.name_of(tree)
             if name is not None:
@@ -57,7 +57,7 @@ class _Steps(Tracer):
             if id(tree) in self._number:
                 return self._number[id(tree)], tuple(tree.shape)
             content = None if tree.is_meta else hashlib.sha256(tree.contiguous().numpy().tobytes()).hexdigest()
-            return self._numbered(tree), tuple(tree.shape), str(tree.dtype), content
+            return self._give_number(tree), tuple(tree.shape), str(tree.dtype), content
         if isinstance(tree, dict):
-            return {k: self._described(v) for k, v in tree.items()}
-        return tuple(self._described(x) for x in tree) if isinstance(tree, (list, tuple)) else tree
+            return {k: self._describe(v) for k, v in tree.items()}
+        return tuple(self._describe(x) for x in tree) if isinstance(tree, (list, tuple)) else tree

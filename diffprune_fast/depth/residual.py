@@ -22,7 +22,7 @@ class _Unlike(Exception):
     """The output isn't made of inputs."""
 
 
-def handed_on(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Returns:
+def find_returns(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Returns:
     """Which of its inputs ``module`` returns when its branch contributes nothing.
 
     args, kwargs: as the model calls it; floating-point tensors count by their shape alone. The module runs with zeros

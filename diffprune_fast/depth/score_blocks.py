@@ -25,7 +25,7 @@ from ..scoring.checks import AUTOCAST, check_timesteps
 from ..scoring.estimators import CHECK_EVERY
 from ..scoring.score import counted_timesteps
 from ..scoring.scores import BlockScores
-from .find_blocks import find_blocks, passed_over
+from .find_blocks import find_blocks, passthroughs_for
 
 
 def score_blocks(
@@ -187,7 +187,7 @@ class _Loss(ExitStack):
         with_it = self._work.mean_loss(batch, t, noise)
         rises = []
         for block in self._blocks:
-            with passed_over(self._work.model, {block.name: block.returns}):
+            with passthroughs_for(self._work.model, {block.name: block.returns}):
                 rises.append(self._work.mean_loss(batch, t, noise) - with_it)
         return torch.stack(rises)
 

@@ -28,5 +28,4 @@ def complexity(model: nn.Module, example_inputs: Any = None) -> Complexity:
         >>> complexity(nn.Linear(4, 16), (torch.zeros(1, 4),))
         Complexity(params=80, macs=64)
     """
-    plan = trace(model, example_inputs)
-    return Complexity(plan.params(), plan.macs())
+    return trace(model, example_inputs).complexity()

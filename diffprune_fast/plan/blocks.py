@@ -10,8 +10,8 @@ from typing import Any
 class Block:
     """A module that returns its input with something added to it.
 
-    kind: its class. params: parameters that nothing else has. macs: multiply-accumulates of one forward of the example
-    inputs. returns: which of its arguments are left where it is dropped.
+    name: its path in the model. kind: its class. params: parameters that nothing else has. macs: multiply-accumulates
+    of one forward of the example inputs. returns: which of its arguments are left where it is dropped.
     """
 
     name: str

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..choices import NormGroups, check_choice
+from .keep_sets import alive_units
 from .plan import Constraint, Plan
 
 # Units per group, and channels per head or piece, that stay at least: a width of 1 broadcasts, so a forward with a
@@ -24,19 +25,18 @@ def violations(plan: Plan, keep: Mapping[str, np.ndarray], norm_groups: NormGrou
     Raises ValueError for an unknown ``norm_groups``.
     """
     check_choice("norm_groups", norm_groups, NormGroups)
-    kept = np.ones(plan.n_units + 1, bool)  # the last entry answers for -1, the channels that always stay
+    valid: dict[str, np.ndarray] = {}
     found = []
     for name, units in keep.items():
         if name not in plan.position:
             found.append(f"group {name!r} is not in the plan")
             continue
-        g = plan.position[name]
-        wrong = _wrong_indices(np.asarray(units), plan.groups[g].n_units)
+        valid[name] = np.asarray(units)
+        wrong = _wrong_indices(valid[name], plan[name].n_units)
         if wrong:
             found.append(f"group {name!r}: {wrong}")
-            continue
-        kept[plan.offsets[g] : plan.offsets[g + 1]] = False
-        kept[plan.offsets[g] + np.asarray(units)] = True
+            del valid[name]
+    kept = alive_units(plan, valid)
     for constraint in plan.constraints:
         wrong = _broken(constraint, kept, norm_groups)
         if wrong:

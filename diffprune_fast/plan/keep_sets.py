@@ -15,8 +15,9 @@ from .plan import Plan
 class Sliced:
     """A keep-set worked out.
 
-    kept: ``(parameter, dim)`` to the sorted indices that stay, for the places that lose any. shapes: all parameters
-    and floating-point buffers afterwards. attributes: ``"module.path.attribute"`` to its new value.
+    keep: group name to the units that stay. kept: ``(parameter, dim)`` to the sorted indices that stay, for the places
+    that lose any. shapes: all parameters and floating-point buffers afterwards. attributes:
+    ``"module.path.attribute"`` to its new value.
     """
 
     keep: dict[str, np.ndarray]

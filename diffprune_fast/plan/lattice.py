@@ -52,9 +52,8 @@ def lattice(plan: Plan, norm_groups: NormGroups = "count", round_to: int = 1) ->
     Raises ValueError for an unknown ``norm_groups``.
     """
     check_choice("norm_groups", norm_groups, NormGroups)
-    sizes = np.diff(plan.offsets)
-    group_of = np.repeat(np.arange(len(sizes)), sizes)
-    strict, steps, pinned = _sort_constraints(plan, norm_groups, group_of)
+    sizes, group_of = np.diff(plan.offsets), plan.group_of
+    strict, steps, pinned = _sort_constraints(plan, norm_groups)
     cluster = _clusters(strict, group_of, len(sizes))
     atom, atom_size, atom_group = _atoms(strict, group_of)
 
@@ -79,14 +78,12 @@ def _least_levels(plan: Plan, cluster: np.ndarray, levels: np.ndarray, per_level
     for constraint in plan.constraints:
         units = constraint.rows[constraint.rows >= 0]
         if units.size and constraint.kind != "norm" and not always_holds(constraint):
-            c = cluster[np.searchsorted(plan.offsets, units[0], side="right") - 1]
+            c = cluster[plan.group_of[units[0]]]
             least[c] = max(least[c], -(-LEAST * levels[c] // constraint.rows.shape[1]))
     return np.minimum(least, levels).tolist()
 
 
-def _sort_constraints(
-    plan: Plan, norm_groups: str, group_of: np.ndarray
-) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+def _sort_constraints(plan: Plan, norm_groups: str) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Rows that must stay equal, a step of the kept count per group, and the groups that have to stay whole."""
     strict: list[np.ndarray] = []
     steps = np.ones(len(plan.groups), np.int64)
@@ -98,9 +95,9 @@ def _sort_constraints(
             continue
         stays = (rows < 0).sum(axis=1)
         even = bool((stays == stays[0]).all())
-        groups = np.unique(group_of[units])
+        groups = np.unique(plan.group_of[units])
         if constraint.kind == "norm" and norm_groups == "count" and (len(groups) > 1 or not even):
-            uses = np.bincount(units, minlength=len(group_of))
+            uses = np.bincount(units, minlength=plan.n_units)
             per_unit = [np.unique(uses[plan.offsets[g] : plan.offsets[g + 1]]) for g in groups]
             if all(len(u) == 1 for u in per_unit):
                 for g, u in zip(groups.tolist(), per_unit, strict=True):

@@ -23,7 +23,7 @@ Keep = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Member:
-    """One place that a group's units touch: dimension ``dim`` of ``parameter``.
+    """One place that a group's units touch: dimension ``dim`` of ``parameter`` (or of a buffer), by its first name.
 
     index: ``(n_units, multiplicity)`` int64; row ``u`` lists the channels of this place that belong to unit ``u``.
     """
@@ -39,7 +39,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """All units that touch the same places, with the same multiplicity in each of them."""
+    """All units that touch the same places, with the same multiplicity in each of them.
+
+    name: the module whose output channels they are, where there is one, and unique in a plan. n_units: how many there
+    are. members: the places.
+    """
 
     name: str
     n_units: int
@@ -50,8 +54,10 @@ class Group:
 class Constraint:
     """A matrix of units whose rows must keep equally many.
 
-    kind: ``"norm"`` (rows are a GroupNorm's groups), ``"heads"``, ``"chunk"``, ``"conv_groups"``, ``"view"``;
-    ``"instance_norm"`` (one channel in each row, a norm whose number of groups follows its channels) always holds.
+    kind: ``"norm"`` (rows are a GroupNorm's groups), ``"heads"`` (the dims of each head), ``"chunk"`` (the pieces of a
+    split), ``"conv_groups"`` (a convolution's groups), ``"view"`` (a width that a reshape makes of channels),
+    ``"size"`` (two whole widths, one of which the forward takes from the other); ``"instance_norm"`` (one channel in
+    each row, a norm whose number of groups follows its channels) always holds. place: the operation, for messages.
     rows: ``(n_rows, per_row)`` int64 of plan-wide unit ids (see :attr:`Plan.offsets`); -1 is a channel that
     always stays. A unit may stand in a row more than once.
     """
@@ -65,8 +71,9 @@ class Constraint:
 class ScaleFix:
     """A softmax whose scale follows the head size: what to multiply when head dims are removed.
 
-    Every listed ``(parameter, rows)`` is multiplied by ``sqrt(kept / n_dims)``, where ``kept`` is the number of units
-    of the constraint's first row that stay.
+    place: the attention product. n_dims: the head size before. units: ``(n_dims,)``, the plan-wide units of one head's
+    dims, -1 for those that always stay. targets: each ``(parameter, rows)`` is multiplied by
+    ``sqrt(kept / n_dims)``, where ``kept`` is how many of ``units`` stay.
     """
 
     place: str
@@ -77,9 +84,10 @@ class ScaleFix:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A module attribute that follows a number of channels, an entry of ``extents``, or a power of it.
+    """An attribute ``name`` of a module, by its path, that follows a number of channels, or a power of it.
 
-    power: 1 for a number of channels; -0.5 for a softmax scale that a forward leaves to its default.
+    extent: the entry of ``Plan.extents`` that it follows. power: 1 for a number of channels; -0.5 for a softmax scale
+    that a forward leaves to its default.
     """
 
     module: str
@@ -92,7 +100,8 @@ class Attribute:
 class Cost:
     """Multiply-accumulates of one operation: ``scale`` times the product of its extents.
 
-    attention: a product of two activations (there are no weights in it).
+    place: the operation. scale: what of it doesn't follow any width. extents: entries of ``Plan.extents``. attention:
+    a product of two activations (there are no weights in it).
     """
 
     place: str
@@ -116,11 +125,25 @@ class Extents:
 
 
 @dataclass(frozen=True)
+class Complexity:
+    """params: number of parameters. macs: multiply-accumulates of one forward of one sample."""
+
+    params: int
+    macs: int
+
+    def __str__(self) -> str:
+        return f"{self.params / 1e6:.2f}M parameters, {self.macs / 1e9:.4g} GMACs"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Groups, constraints and frozen places of one model. Immutable, printable, hashable.
 
-    groups: what can be removed. constraints: which kept counts must agree. frozen: place (``"conv_in.weight:1"``) to
-    the reason why its channels stay. shapes: every parameter and floating-point buffer, by its first name.
+    model_class: the model's class, by name. groups: what can be removed. constraints: which kept counts must agree.
+    frozen: place (``"conv_in.weight:1"``) to the reason why its channels stay. shapes: every parameter and
+    floating-point buffer, by its first name; buffers: which of them are buffers. scale_fixes: weights that take a
+    factor when head dims go. attributes: what else in the modules follows a width. costs: the operations of one forward
+    of the example inputs; extents: the widths that costs and attributes speak of.
     """
 
     model_class: str
@@ -142,6 +165,15 @@ class Plan:
     @property
     def n_units(self) -> int:
         return int(self.offsets[-1])
+
+    @cached_property
+    def group_of(self) -> np.ndarray:
+        """``(n_units,)``: the place in ``groups`` of every plan-wide unit's group."""
+        return np.repeat(np.arange(len(self.groups)), np.diff(self.offsets))
+
+    def keep_of(self, stays: np.ndarray) -> dict[str, np.ndarray]:
+        """The keep-set that a mask over all units, ``(n_units,)`` bool, says."""
+        return {g.name: np.flatnonzero(part) for g, part in zip(self.groups, np.split(stays, self.offsets[1:-1]))}
 
     @cached_property
     def position(self) -> dict[str, int]:
@@ -211,6 +243,10 @@ class Plan:
         macs = scale * sizes[index].prod(axis=1)
         return round(float(macs.sum() if attention else macs[weighted].sum()))
 
+    def complexity(self, keep: Keep | np.ndarray | None = None) -> Complexity:
+        """:meth:`params` and :meth:`macs` of what ``keep`` leaves."""
+        return Complexity(self.params(keep), self.macs(keep))
+
     def to_json(self) -> str:
         """The plan as JSON text; :meth:`from_json` gives an equal plan."""
         return json.dumps(_encode(self), sort_keys=True, separators=(",", ":"))
@@ -234,11 +270,7 @@ class Plan:
         return int(self.hash[:16], 16)
 
     def __str__(self) -> str:
-        total = self.params()
-        lines = [
-            f"Plan of {self.model_class}: {len(self.groups)} groups, {self.n_units} units, "
-            f"{total / 1e6:.2f}M parameters, {self.macs() / 1e9:.3f} GMACs"
-        ]
+        lines = [f"Plan of {self.model_class}: {len(self.groups)} groups, {self.n_units} units, {self.complexity()}"]
         of = _constraints_by_group(self)
         for i, group in enumerate(self.groups):
             notes = f"  [{', '.join(of[i])}]" if of.get(i) else ""
@@ -256,8 +288,7 @@ class Plan:
 def _constraints_by_group(plan: Plan) -> dict[int, list[str]]:
     notes: dict[int, list[str]] = {}
     for c in plan.constraints:
-        units = c.rows[c.rows >= 0]
-        for g in np.unique(np.searchsorted(plan.offsets, units, side="right") - 1).tolist():
+        for g in np.unique(plan.group_of[c.rows[c.rows >= 0]]).tolist():
             note = f"{c.kind} {c.rows.shape[0]}x{c.rows.shape[1]}"
             if note not in notes.setdefault(g, []):
                 notes[g].append(note)
@@ -344,17 +375,6 @@ def _decode(d: Mapping[str, Any]) -> Plan:
         costs=tuple(Cost(p, s, tuple(e), a) for p, s, e, a in d["costs"]),
         extents=Extents(base, per_group),
     )
-
-
-@dataclass(frozen=True)
-class Complexity:
-    """params: number of parameters. macs: multiply-accumulates of one forward of one sample."""
-
-    params: int
-    macs: int
-
-    def __str__(self) -> str:
-        return f"{self.params / 1e6:.2f}M parameters, {self.macs / 1e9:.4g} GMACs"
 
 
 UNUSED = "the forward doesn't use it as channels"

@@ -24,7 +24,7 @@ SAMPLES_PER_PASS = 64
 
 
 @dataclass
-class Walk:
+class LossRecord:
     """What the loop saw. samples: passes forward and backward."""
 
     timesteps: list[int] = field(default_factory=list)
@@ -76,7 +76,7 @@ def reference_scores(
     variant: Variant,
     threshold: float | None,
     samples_per_pass: int = SAMPLES_PER_PASS,
-) -> tuple[np.ndarray, Walk]:
+) -> tuple[np.ndarray, LossRecord]:
     """Scores from gradients summed over the timesteps until ``L_t < threshold * running max``; None: over all.
 
     Every cell counts with its width. samples_per_pass: several timesteps share a pass up to this many samples.
@@ -88,32 +88,32 @@ def reference_scores(
     with tqdm(total=len(cells), desc="scoring", unit="t", disable=not work.progress) as bar:
         one = OneBatch(work, variant.loss, samples_per_pass)
         if variant.stop == "set" and threshold is not None:
-            walk = _over_the_set(one, cells, threshold, bar.update)
+            record = _over_the_set(one, cells, threshold, bar.update)
         else:
-            walk = _until_small(one, cells, threshold, variant.stop, bar.update)
+            record = _until_small(one, cells, threshold, variant.stop, bar.update)
         bar.total = bar.n
     plain, norms = counted_members(work.plan, work.model, variant)
     values = gathered_scores(work, unit_table(work.plan, members=plain), variant.element)
     if norms and variant.norms is not None:
         values += gathered_scores(work, unit_table(work.plan, members=norms), variant.norms)
     found = values.double().cpu().numpy()
-    return divided_by_group_mean(work.plan, found) if variant.normalise else found, walk
+    return divided_by_group_mean(work.plan, found) if variant.normalise else found, record
 
 
-def _until_small(one: OneBatch, cells: Sequence[Cell], threshold: float | None, stop: str, tick: object) -> Walk:
-    walk, largest = Walk(), -np.inf
+def _until_small(one: OneBatch, cells: Sequence[Cell], threshold: float | None, stop: str, tick: object) -> LossRecord:
+    record, largest = LossRecord(), -np.inf
     for portion in one.passes(cells):
         losses = one.losses_at(portion)
         weights = [0.0] * len(portion)
         ended = False
         for i, (cell, loss) in enumerate(zip(portion, losses.tolist())):
             largest = max(largest, loss)
-            walk.timesteps.append(cell.timestep)
-            walk.losses.append(loss)
+            record.timesteps.append(cell.timestep)
+            record.losses.append(loss)
             ended = threshold is not None and loss < threshold * largest
             if not ended or stop == "after":
                 weights[i] = float(cell.width)
-                walk.samples += one.size
+                record.samples += one.size
             if ended:
                 break
         if any(weights):
@@ -121,22 +121,22 @@ def _until_small(one: OneBatch, cells: Sequence[Cell], threshold: float | None, 
         tick(len(portion))  # type: ignore[operator]
         if ended:
             break
-    return walk
+    return record
 
 
-def _over_the_set(one: OneBatch, cells: Sequence[Cell], threshold: float, tick: object) -> Walk:
+def _over_the_set(one: OneBatch, cells: Sequence[Cell], threshold: float, tick: object) -> LossRecord:
     """All timesteps with ``L_t > T * L_max``: the losses first, forward only, then the gradients where they count."""
-    walk = Walk()
+    record = LossRecord()
     for portion in one.passes(cells):
         with torch.no_grad():
-            walk.losses += one.losses_at(portion).tolist()
-        walk.timesteps += [c.timestep for c in portion]
-    largest = max(walk.losses)
-    chosen = [c for c, loss in zip(cells, walk.losses) if loss > threshold * largest]
+            record.losses += one.losses_at(portion).tolist()
+        record.timesteps += [c.timestep for c in portion]
+    largest = max(record.losses)
+    chosen = [c for c, loss in zip(cells, record.losses) if loss > threshold * largest]
     for portion in one.passes(chosen):
         losses = one.losses_at(portion)
         widths = torch.tensor([float(c.width) for c in portion], dtype=losses.dtype, device=losses.device)
         (losses * widths).sum().backward()
-        walk.samples += one.size * len(portion)
+        record.samples += one.size * len(portion)
         tick(len(portion))  # type: ignore[operator]
-    return walk
+    return record

@@ -20,7 +20,7 @@ def check_scores(plan: Plan, values: np.ndarray) -> np.ndarray:
         )
     bad = ~np.isfinite(values)
     if bad.any():
-        groups = np.unique(np.searchsorted(plan.offsets, np.flatnonzero(bad), side="right") - 1)
+        groups = np.unique(plan.group_of[bad])
         names = ", ".join(plan.groups[g].name for g in groups[:3]) + (", ..." if len(groups) > 3 else "")
         raise ValueError(
             f"{int(bad.sum())} of {len(values)} scores are NaN or infinite (groups {names}): look for NaN in the "
@@ -35,8 +35,9 @@ def normalised(plan: Plan, values: np.ndarray) -> np.ndarray:
     Without it a global ranking collapses onto the layers with the smallest gradients.
     """
     sizes = np.diff(plan.offsets)
-    group_of = np.repeat(np.arange(len(sizes)), sizes)
-    mean = np.bincount(group_of, weights=np.abs(values), minlength=len(sizes)) / np.maximum(sizes, 1)
+    mean = (np.bincount(plan.group_of, weights=np.abs(values), minlength=len(sizes)) / np.maximum(sizes, 1))[
+        plan.group_of
+    ]
     out = np.ones_like(values)
-    np.divide(values, mean[group_of], out=out, where=mean[group_of] > 0)
+    np.divide(values, mean, out=out, where=mean > 0)
     return out

@@ -128,8 +128,7 @@ def select(
     counts = allowed.counts(chosen)
     notes += _notes(plan, allowed, budget, chosen, free, rounding)
     notes += _on_allocation(plan, budget, ranking, allocation, used, counts)
-    stays = order.kept(chosen)
-    keep = {g.name: np.flatnonzero(stays[plan.offsets[i] : plan.offsets[i + 1]]) for i, g in enumerate(plan.groups)}
+    keep = plan.keep_of(order.kept(chosen))
     asked, met = _words(plan, allowed, budget, counts, free)
     return Selection(keep, asked, met, norm_groups, ranking, tuple(notes), used)
 
@@ -313,16 +312,15 @@ def _why(plan: Plan, ignore: Sequence[str]) -> str:
 
 
 def _words(plan: Plan, of: Lattice, budget: Budget, counts: np.ndarray, free: np.ndarray) -> tuple[str, str]:
-    params, macs = plan.params(counts), plan.macs(counts)
-    all_params, all_macs = plan.params(), plan.macs()
+    left, whole = plan.complexity(counts), plan.complexity()
     cost = (
-        f"{params / 1e6:.2f}M of {all_params / 1e6:.2f}M parameters ({params / max(all_params, 1):.3f}), "
-        f"{macs / 1e9:.4g} of {all_macs / 1e9:.4g} GMACs ({macs / max(all_macs, 1):.3f})"
+        f"{left.params / 1e6:.2f}M of {whole.params / 1e6:.2f}M parameters ({left.params / max(whole.params, 1):.3f}), "
+        f"{left.macs / 1e9:.4g} of {whole.macs / 1e9:.4g} GMACs ({left.macs / max(whole.macs, 1):.3f})"
     )
     if budget.kind == "ratio":
         return f"{budget} of the units", f"ratio={_removed(of, counts, free):.3f} of the units; {cost}"
-    whole = all_params if budget.kind == "params" else all_macs
-    return f"{budget} ({int(budget.limit(whole)):,} of {whole:,})", cost
+    all_of_it = whole.params if budget.kind == "params" else whole.macs
+    return f"{budget} ({int(budget.limit(all_of_it)):,} of {all_of_it:,})", cost
 
 
 def _removed(of: Lattice, counts: np.ndarray, free: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from ..checkpoint.saving import replace_save_pretrained
 from ..choices import NormGroups
 from ..plan.keep_sets import Sliced, sliced_shapes
-from ..plan.plan import Complexity, Plan
+from ..plan.plan import Plan
 from ..pruned.record import attach_record, before_pruning
 from ..result import PruneResult, record
 from .execute import slice_model
@@ -107,14 +107,13 @@ def prune(
     attach_record(model, before)
     replace_save_pretrained(model)
     done = time.perf_counter()
-    counts = plan.counts(sliced.keep)
     return record(
         PruneResult(
             model=model,
             plan=plan,
             keep=sliced.keep,
-            before=Complexity(plan.params(), plan.macs()),
-            after=Complexity(plan.params(counts), plan.macs(counts)),
+            before=plan.complexity(),
+            after=plan.complexity(sliced.keep),
             norm_groups=norm_groups,
             shapes=sliced.shapes,
             attributes=sliced.attributes,

@@ -1,4 +1,4 @@
-"""The gate before slicing: keep-set, model and plan fit, and the sliced model's channels still go together."""
+"""Verification before slicing: keep-set, model and plan fit, and the sliced model's channels still go together."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..plan.constraints import violations
 from ..plan.keep_sets import Sliced
 from ..plan.plan import Plan
 from ..pruned.held_tensors import tables
-from ..tracing.channels import Nodes
-from ..tracing.verification import GateError, pass_gate
+from ..tracing.channels import Channels
+from ..tracing.verification import VerificationError, verify_sliced
 
 
 class SliceError(ValueError):
@@ -25,9 +25,9 @@ class SliceError(ValueError):
 
 def check_model(model: nn.Module, plan: Plan) -> None:
     """The model has the parameters that the plan speaks of, whole."""
-    nodes = Nodes.of(model)
-    if type(model).__name__ != plan.model_class or nodes.shapes != dict(plan.shapes):
-        differing = sorted(set(nodes.shapes.items()) ^ set(plan.shapes.items()))
+    channels = Channels.of(model)
+    if type(model).__name__ != plan.model_class or channels.shapes != dict(plan.shapes):
+        differing = sorted(set(channels.shapes.items()) ^ set(plan.shapes.items()))
         where = f"; first difference: {differing[0][0]}" if differing else ""
         raise SliceError(
             f"the plan is of another model ({plan.model_class}, here {type(model).__name__}){where}. "
@@ -61,6 +61,6 @@ def retrace(
 ) -> None:
     """Walk the sliced model on meta, with the labels of the channels that it kept, against the plan."""
     try:
-        pass_gate(model, plan, sliced, norm_groups, calls_of(model, example_inputs))
-    except GateError as error:
+        verify_sliced(model, plan, sliced, norm_groups, calls_of(model, example_inputs))
+    except VerificationError as error:
         raise SliceError(str(error)) from error

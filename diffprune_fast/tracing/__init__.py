@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .errors import TraceError
 from .trace import trace
-from .verification import GateError, pass_gate
+from .verification import VerificationError, verify_sliced
 
-__all__ = ["GateError", "TraceError", "pass_gate", "trace"]
+__all__ = ["TraceError", "VerificationError", "trace", "verify_sliced"]

@@ -9,12 +9,16 @@ import numpy as np
 from torch import nn
 
 from ..plan.plan import Plan
-from .labels import Layers
+from .labels import LabelMaps
 
 
 @dataclass
-class Nodes:
-    """Numbers every channel: node ids of ``(parameter, dim)`` are ``start[(parameter, dim)] + index``; 0 is frozen."""
+class Channels:
+    """A number for every channel, its id: those of ``(parameter, dim)`` are ``start[(parameter, dim)] + index``.
+
+    0 is no channel: it stands for what always stays. names: a tensor's ``id()`` to its name. shapes: by name. buffers:
+    the names that are buffers'. total: how many ids there are, 0 included.
+    """
 
     names: dict[int, str]
     shapes: dict[str, tuple[int, ...]]
@@ -23,7 +27,7 @@ class Nodes:
     total: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module) -> Nodes:
+    def of(cls, model: nn.Module) -> Channels:
         """All parameters and floating-point buffers, tied ones once, by their first name."""
         names: dict[int, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -36,32 +40,32 @@ class Nodes:
                 names[id(b)] = name
                 shapes[name] = tuple(b.shape)
                 buffers.add(name)
-        nodes = cls(names, shapes, frozenset(buffers))
+        channels = cls(names, shapes, frozenset(buffers))
         for name, shape in shapes.items():
             for dim, n in enumerate(shape):
                 if n > 1:
-                    nodes.start[name, dim] = nodes.total
-                    nodes.total += n
-        return nodes
+                    channels.start[name, dim] = channels.total
+                    channels.total += n
+        return channels
 
-    def layers(self, name: str, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> Layers:
-        """One layer per dim of a parameter; ``kept``: the indices that a sliced parameter still has."""
+    def maps(self, name: str, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> LabelMaps:
+        """One label map per dim of a parameter; ``kept``: the indices that a sliced parameter still has."""
         shape = self.shapes[name]
-        layers = []
+        maps = []
         for dim, n in enumerate(shape):
             if n > 1:
                 index = np.arange(n, dtype=np.int32) if kept is None or (name, dim) not in kept else kept[name, dim]
                 view = [1] * len(shape)
                 view[dim] = -1
                 if index.size > 1:
-                    layers.append((self.start[name, dim] + index).astype(np.int32).reshape(view))
-        return tuple(layers)
+                    maps.append((self.start[name, dim] + index).astype(np.int32).reshape(view))
+        return tuple(maps)
 
 
-def units_of_nodes(plan: Plan, nodes: Nodes) -> np.ndarray:
-    """``(n_nodes,)``: the plan-wide unit of every channel, -1 for those that stay."""
-    unit_of = np.full(nodes.total, -1, np.int64)
+def units_of_channels(plan: Plan, channels: Channels) -> np.ndarray:
+    """``(n_channels,)``: the plan-wide unit of every channel, -1 for those that stay."""
+    unit_of = np.full(channels.total, -1, np.int64)
     for g, group in enumerate(plan.groups):
         for m in group.members:
-            unit_of[nodes.start[m.parameter, m.dim] + m.index] = plan.offsets[g] + np.arange(group.n_units)[:, None]
+            unit_of[channels.start[m.parameter, m.dim] + m.index] = plan.offsets[g] + np.arange(group.n_units)[:, None]
     return unit_of

@@ -27,7 +27,7 @@ def where_in(module: str, error: BaseException) -> str:
     return f"{inside} at {place}:{frames[-1].lineno}{source}"
 
 
-def explained(model_class: str, module: str, error: Exception) -> str:
+def explain_failure(model_class: str, module: str, error: Exception) -> str:
     """What a failed forward means, for its error message."""
     where = where_in(module, error)
     if "meta tensors" in str(error) or isinstance(error, NotImplementedError):

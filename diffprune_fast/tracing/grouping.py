@@ -13,20 +13,20 @@ from torch import nn
 
 from ..architectures.attributes import PARAMETER_ATTRIBUTES
 from ..plan.plan import UNUSED, Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
-from .channels import Nodes
+from .channels import Channels
 from .graph import Graph
 from .walk import Walk
 
 
 def build_plan(model: nn.Module, walk: Walk) -> Plan:
     """Turn a finished walk into a plan."""
-    nodes, graph = walk.nodes, walk.graph
+    channels, graph = walk.channels, walk.graph
     component, frozen_reason = _components(graph)
-    places = list(nodes.start)
-    starts = np.array([nodes.start[p] for p in places] + [nodes.total], np.int64)
+    places = list(channels.start)
+    starts = np.array([channels.start[p] for p in places] + [channels.total], np.int64)
     free = np.flatnonzero((component >= 0) & (frozen_reason[component] < 0))
     unit_of, tables = _group(component, free, starts)
-    groups = _named_groups(nodes, places, starts, tables)
+    groups = _name_groups(channels, places, tables)
     offsets = np.concatenate([[0], np.cumsum([g.n_units for g in groups])]).astype(np.int64)
     extents, costs, attributes = _extents(model, walk, unit_of, offsets, groups)
     return Plan(
@@ -34,8 +34,8 @@ def build_plan(model: nn.Module, walk: Walk) -> Plan:
         groups=groups,
         constraints=_constraints(graph, unit_of, offsets),
         frozen=_frozen(graph, component, frozen_reason, places, starts),
-        shapes=nodes.shapes,
-        buffers=nodes.buffers,
+        shapes=channels.shapes,
+        buffers=channels.buffers,
         scale_fixes=_scale_fixes(walk, unit_of),
         attributes=attributes,
         costs=costs,
@@ -44,14 +44,14 @@ def build_plan(model: nn.Module, walk: Walk) -> Plan:
 
 
 def _components(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
-    """Component per node (-1: untouched), and per component the index of the first reason to freeze it (-1: none)."""
+    """The component of every channel (-1: untouched), and why each of them is frozen (first reason's index, or -1)."""
     empty = np.zeros(0, np.int32)
     a = np.concatenate([e[0] for e in graph.edges] or [empty])
     b = np.concatenate([e[1] for e in graph.edges] or [empty])
-    touched = np.zeros(graph.n_nodes, bool)
+    touched = np.zeros(graph.n_channels, bool)
     touched[a] = touched[b] = True
     inner = (a != 0) & (b != 0) & (a != b)
-    matrix = coo_matrix((np.ones(int(inner.sum()), np.int8), (a[inner], b[inner])), shape=(graph.n_nodes,) * 2)
+    matrix = coo_matrix((np.ones(int(inner.sum()), np.int8), (a[inner], b[inner])), shape=(graph.n_channels,) * 2)
     n, component = connected_components(matrix.tocsr(), directed=False)
     reason = np.full(n + 1, -1, np.int64)
     outer = (a == 0) | (b == 0)
@@ -73,7 +73,7 @@ def _group(
 ) -> tuple[np.ndarray, list[list[tuple[int, np.ndarray]]]]:
     """Units with the same places and multiplicities form a group.
 
-    Returns the plan-wide unit per node (-1: stays), and per group its (place, index table) list.
+    Returns the plan-wide unit per channel (-1: stays), and per group its (place, index table) list.
     """
     unit_of = np.full(component.size, -1, np.int64)
     if not free.size:
@@ -111,14 +111,14 @@ def _group(
     return unit_of, tables
 
 
-def _named_groups(
-    nodes: Nodes, places: Sequence[tuple[str, int]], starts: np.ndarray, tables: list[list[tuple[int, np.ndarray]]]
+def _name_groups(
+    channels: Channels, places: Sequence[tuple[str, int]], tables: list[list[tuple[int, np.ndarray]]]
 ) -> tuple[Group, ...]:
     used: dict[str, int] = {}
     groups = []
     for table in tables:
         members = tuple([Member(places[p][0], places[p][1], index) for p, index in table])
-        producing = [m for m in members if m.dim == 0 and len(nodes.shapes[m.parameter]) > 1]
+        producing = [m for m in members if m.dim == 0 and len(channels.shapes[m.parameter]) > 1]
         name = re.sub(r"\.weight$", "", (producing or list(members))[0].parameter)
         used[name] = used.get(name, 0) + 1
         if used[name] > 1:
@@ -162,7 +162,7 @@ def _scale_fixes(walk: Walk, unit_of: np.ndarray) -> tuple[ScaleFix, ...]:
         if (units >= 0).any():
             targets = []
             for name, rows in s.targets.items():
-                done = taken.setdefault(name, np.zeros(walk.nodes.shapes[name][0], bool))
+                done = taken.setdefault(name, np.zeros(walk.channels.shapes[name][0], bool))
                 rows = rows[~done[rows]]
                 done[rows] = True
                 if rows.size:
@@ -198,23 +198,23 @@ def _extents(
     index: dict[bytes, int] = {}
     sets: list[np.ndarray] = []
 
-    def number(layer: np.ndarray) -> int:
-        key = layer.tobytes()
+    def number(label_map: np.ndarray) -> int:
+        key = label_map.tobytes()
         if key not in index:
             index[key] = len(sets)
-            sets.append(layer.reshape(-1))
+            sets.append(label_map.reshape(-1))
         return index[key]
 
-    costs = tuple([Cost(c.place, c.scale, tuple([number(x) for x in c.layers]), c.attention) for c in walk.costs])
+    costs = tuple([Cost(c.place, c.scale, tuple([number(x) for x in c.maps]), c.attention) for c in walk.costs])
     attributes = [Attribute(m, a, number(x.astype(np.int32))) for (m, a), x in walk.attributes.items()]
     attributes += [Attribute(m, a, number(x.astype(np.int32)), -0.5) for (m, a), x in walk.scale_attributes.items()]
     known = set(walk.attributes)
     for name, module in model.named_modules():
         for attribute, (parameter, dim) in PARAMETER_ATTRIBUTES.get(type(module).__name__, {}).items():
-            start = walk.nodes.start.get((f"{name}.{parameter}".lstrip("."), dim))
+            start = walk.channels.start.get((f"{name}.{parameter}".lstrip("."), dim))
             if start is None or (name, attribute) in known or not isinstance(getattr(module, attribute, None), int):
                 continue
-            size = walk.nodes.shapes[f"{name}.{parameter}".lstrip(".")][dim]
+            size = walk.channels.shapes[f"{name}.{parameter}".lstrip(".")][dim]
             attributes.append(Attribute(name, attribute, number(np.arange(start, start + size, dtype=np.int32))))
     base = np.zeros(len(sets), np.int64)
     per_group = np.zeros((len(sets), len(groups)), np.float64)

@@ -41,7 +41,7 @@ def _inside(module: str, outer: str) -> bool:
 def heads_to_take_whole(attended: Iterable[Attended], unit_of: np.ndarray, units: str) -> Heads | None:
     """The attentions that ``units`` has walked again: with ``"auto"``, those whose dims can't all go one by one.
 
-    unit_of: ``(n_nodes,)`` of the first plan. An attention is all products of one module.
+    unit_of: ``(n_channels,)`` of the first plan. An attention is all products of one module.
     """
     if units == "dims":
         return None

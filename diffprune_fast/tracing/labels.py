@@ -1,8 +1,8 @@
-"""Labels beside activations: which channel every element belongs to, and what happens where labels meet.
+"""Labels beside activations: which channel every element belongs to.
 
-A *layer* is an integer array of the tensor's rank, of size 1 along the dims it doesn't depend on. Its entries are
-node ids (a channel of a parameter); 0 stands for "always stays". A tensor may carry several layers at once (a weight
-has one per dim). Layers of size 1 don't exist: a dim of size 1 has nothing to remove.
+A *label map* is an integer array of the tensor's rank, of size 1 along the dims it doesn't depend on. Its entries are
+channel ids (see channels.py); 0 stands for "always stays". A tensor may carry several maps at once (a weight
+has one per dim). Label maps of size 1 don't exist: a dim of size 1 has nothing to remove.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Layer = np.ndarray
-
-
-Layers = tuple[Layer, ...]
+LabelMap = np.ndarray
+LabelMaps = tuple[LabelMap, ...]
 
 
 @dataclass(frozen=True)
-class Feed:
-    """A parameter. rows: which of dim 0; None: those whose channels the tensor's labels name."""
+class FoldTarget:
+    """A parameter that can take a factor. rows: which of dim 0; None: those whose channels the tensor's labels name."""
 
     name: str
     rows: np.ndarray | None
@@ -27,22 +25,24 @@ class Feed:
 
 @dataclass
 class Labels:
-    """layers: see above. feeds: parameters whose common factor is a factor of this tensor, or None (unknown).
+    """What is known of a tensor's channels.
+
+    maps: see above. fold_targets: parameters whose common factor is a factor of this tensor, or None (unknown).
 
     power: the labels of another tensor, and which power of it this one is (None: it is no other's).
     """
 
-    layers: Layers
-    feeds: tuple[Feed, ...] | None = None
+    maps: LabelMaps
+    fold_targets: tuple[FoldTarget, ...] | None = None
     power: tuple[Labels, float] | None = None
 
 
-def varying(layer: Layer) -> tuple[int, ...]:
-    """The dims along which a layer's labels differ."""
-    return tuple([d for d, n in enumerate(layer.shape) if n > 1])
+def varying(label_map: LabelMap) -> tuple[int, ...]:
+    """The dims along which a label map's labels differ."""
+    return tuple([d for d, n in enumerate(label_map.shape) if n > 1])
 
 
-def compress(a: np.ndarray, compact: int) -> Layer | None:
+def compress(a: np.ndarray, compact: int) -> LabelMap | None:
     """Drop broadcast dims; None where nothing varies. ``compact``: the size before; a larger copy may repeat a dim."""
     if 0 in a.strides:
         a = a[tuple([slice(0, 1) if s == 0 else slice(None) for s in a.strides])]

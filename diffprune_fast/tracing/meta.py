@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -11,66 +12,100 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
-from .channels import Nodes
+from .channels import Channels
 from .labels import Labels
+from .notes import note_on, read_note
+
+
+class RealNumbers(TorchFunctionMode):
+    """Tensors that a forward makes of numbers of its own stay real where it asks for them on meta: they count."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _MADE_OF_NUMBERS or (args and func is torch.as_tensor and isinstance(args[0], Tensor)):
+            return func(*args, **kwargs)
+        if func is Tensor.new_tensor:
+            kwargs = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
+            args = args[1:]
+        kwargs = {**dict(zip(("dtype", "device"), args[1:])), **kwargs}
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+            kwargs["device"] = "cpu"
+        return torch.tensor(*args[:1], **kwargs)
+
+
+_MADE_OF_NUMBERS = frozenset((torch.tensor, torch.as_tensor, Tensor.new_tensor))
+
+
+class _AutocastOnMeta:
+    """``torch.autocast("meta")`` does nothing in a thread that walks a model; elsewhere it is what it was.
+
+    Autocast refuses a device that it doesn't know before it asks any mode, so its ``__init__`` is replaced for as long
+    as any thread walks.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._walks: Counter[int] = Counter()  # by thread
+        self._init: Any = None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        me = threading.get_ident()
+        with self._lock:
+            if not self._walks:
+                self._init, torch.autocast.__init__ = torch.autocast.__init__, self._replacement()  # type: ignore[method-assign]
+            self._walks[me] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._walks -= Counter((me,))
+                if not self._walks:
+                    torch.autocast.__init__ = self._init  # type: ignore[method-assign]
+
+    def _replacement(self) -> Any:
+        init = torch.autocast.__init__
+
+        def autocast(this: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+            if device_type == "meta" and threading.get_ident() in self._walks:
+                init(this, "cpu", enabled=False)
+            else:
+                init(this, device_type, *args, **kwargs)
+
+        return autocast
+
+
+_autocast = _AutocastOnMeta()
 
 
 @contextmanager
 def like_a_device() -> Iterator[None]:
-    """Autocast does nothing on meta (labels have no dtype), and numbers that are put there stay real: they count."""
-    init, tensor, as_tensor = torch.autocast.__init__, torch.tensor, torch.as_tensor
-
-    def autocast(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
-        if device_type == "meta":
-            init(self, "cpu", enabled=False)
-        else:
-            init(self, device_type, *args, **kwargs)
-
-    def real(data: Any, **kwargs: Any) -> Tensor:
-        device = kwargs.get("device")
-        on_meta = device is not None and torch.device(device).type == "meta"
-        return tensor(data, **({**kwargs, "device": "cpu"} if on_meta else kwargs))
-
-    def real_as(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-        return as_tensor(data, dtype, device) if isinstance(data, Tensor) else real(data, dtype=dtype, device=device)
-
-    def real_new(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
-        return real(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
-
-    torch.autocast.__init__, torch.tensor = autocast, real  # type: ignore[method-assign, assignment]
-    torch.as_tensor, Tensor.new_tensor = real_as, real_new  # type: ignore[method-assign, assignment]
-    try:
+    """In this thread, meta takes numbers and autocast as other devices do (labels have no dtype to cast to)."""
+    with RealNumbers(), _autocast.disabled():
         yield
-    finally:
-        torch.autocast.__init__, torch.tensor, torch.as_tensor = init, tensor, as_tensor  # type: ignore[method-assign]
-        del Tensor.new_tensor  # ours hid the one that it inherits
 
 
 def to_meta(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        if tree.device.type == "meta":
-            return tree
-        out = torch.empty_like(tree, device="meta")
-        out._channel_labels = getattr(tree, "_channel_labels", None)  # type: ignore[attr-defined]
-        return out
-    if isinstance(tree, (list, tuple)):
-        return type(tree)([to_meta(x) for x in tree])
-    if isinstance(tree, dict):
-        return {k: to_meta(v) for k, v in tree.items()}
-    return tree
+    """Tensors as they are, but on meta."""
+    return tree_map_only(Tensor, lambda t: t if t.is_meta else _labelled_like(t), tree)
+
+
+def _labelled_like(t: Tensor) -> Tensor:
+    out = torch.empty_like(t, device="meta")
+    note_on(out).labels = read_note(t).labels
+    return out
 
 
 def inputs_on_meta(tree: Any) -> Any:
     """Floating-point inputs go to meta; ids, masks and numbers stay real."""
-    if isinstance(tree, Tensor):
-        return torch.empty(tree.shape, dtype=tree.dtype, device="meta") if tree.is_floating_point() else tree
-    if isinstance(tree, (list, tuple)):
-        return type(tree)([inputs_on_meta(x) for x in tree])
-    if isinstance(tree, dict):
-        return {k: inputs_on_meta(v) for k, v in tree.items()}
-    return tree
+
+    def moved(t: Tensor) -> Tensor:
+        return torch.empty(t.shape, dtype=t.dtype, device="meta") if t.is_floating_point() else t
+
+    return tree_map_only(Tensor, moved, tree)
 
 
 def outputs_in(tree: Any, seen: set[int]) -> Iterator[Tensor]:
@@ -93,26 +128,21 @@ def outputs_in(tree: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def hooked(enter: Any, leave: Any) -> Iterator[None]:
-    handles = [
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=False),
-    ]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def module_hooks(model: nn.Module, enter: Any, leave: Any) -> Iterator[None]:
+    """``enter`` before any other hook of every module, ``leave`` after its forward."""
+    handles = [m.register_forward_pre_hook(enter, prepend=True) for m in model.modules()]
+    handles += [m.register_forward_hook(leave, prepend=True) for m in model.modules()]
     try:
-        with warnings.catch_warnings(), like_a_device():
-            # torch.compile'd submodules run uncompiled here, which is what we want
-            warnings.filterwarnings("ignore", message=".*global hooks.*")
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles:
             h.remove()
 
 
 @contextmanager
-def on_meta(model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> Iterator[None]:
+def on_meta(
+    model: nn.Module, channels: Channels, kept: Mapping[tuple[str, int], np.ndarray] | None = None
+) -> Iterator[None]:
     """The model with labelled meta tensors in place of its parameters and buffers, in eval mode; then as it was.
 
     Nothing of the weights is read or copied.
@@ -125,11 +155,11 @@ def on_meta(model: nn.Module, nodes: Nodes, kept: Mapping[tuple[str, int], np.nd
             module.training = False
             for table in (module._parameters, module._buffers):
                 for key, t in table.items():
-                    name = nodes.names.get(id(t)) if t is not None else None
+                    name = channels.names.get(id(t)) if t is not None else None
                     if t is None or name is None:
                         continue
                     if id(t) not in stand_ins:
-                        stand_ins[id(t)] = _stand_in(t, name, nodes, kept)
+                        stand_ins[id(t)] = _stand_in(t, name, channels, kept)
                     undo.append((table, key, t))
                     table[key] = stand_ins[id(t)]  # type: ignore[assignment]
         yield
@@ -162,7 +192,7 @@ def _restore(attributes: dict[str, Any], before: dict[str, Any], contents: dict[
         (before[key].update if isinstance(content, dict) else before[key].extend)(content)
 
 
-def _stand_in(t: Tensor, name: str, nodes: Nodes, kept: Mapping[tuple[str, int], np.ndarray] | None) -> Tensor:
+def _stand_in(t: Tensor, name: str, channels: Channels, kept: Mapping[tuple[str, int], np.ndarray] | None) -> Tensor:
     shape = list(t.shape)
     for dim in range(len(shape)):
         if kept is not None and (name, dim) in kept:
@@ -170,7 +200,7 @@ def _stand_in(t: Tensor, name: str, nodes: Nodes, kept: Mapping[tuple[str, int],
     out: Tensor = torch.empty(shape, dtype=t.dtype, device="meta")
     if isinstance(t, nn.Parameter):
         out = nn.Parameter(out, requires_grad=False)
-    layers = nodes.layers(name, kept)
-    out._channel_labels = Labels(layers) if layers else None  # type: ignore[attr-defined]
-    out._parameter_name = name  # type: ignore[attr-defined]
+    note, maps = note_on(out), channels.maps(name, kept)
+    note.labels = Labels(maps) if maps else None
+    note.parameter = name
     return out

@@ -1,4 +1,4 @@
-"""Widths that a forward reads from elsewhere: found by slicing a model on meta before anything is planned on it.
+"""Widths that a forward reads from elsewhere: found by slicing a model on meta before its plan is handed on.
 
 Labels show which channels go together, not where a forward takes a size from: ``h.view(b, -1, self.inner_dim)``, or
 ``text.view(b, -1, image.shape[-1])``. So a first plan is tried with uneven keep-sets. Where the walk fails, two groups
@@ -13,26 +13,27 @@ import numpy as np
 from torch import nn
 
 from ..plan.keep_sets import alive_units, sliced_shapes
+from ..plan.lattice import lattice, rank_units
 from ..plan.plan import Plan
-from .channels import units_of_nodes
+from .channels import units_of_channels
 from .grouping import build_plan
 from .records import Calls
-from .verification import GateError, pass_gate
+from .verification import VerificationError, verify_sliced
 from .walk import Walk
 
 Row = tuple[int, ...]  # the channels along one dim of a parameter
 
 
-# Every round settles at least one group; a model with more hidden couplings than this is left to the gate.
+# Every round settles at least one group; a model with more hidden couplings than this is left to verification.
 ROUNDS = 24
 
 
-def probed(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
-    """The plan, with groups tied or frozen until uneven keep-sets of it pass the gate."""
+def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
+    """The plan, with groups tied or frozen until uneven keep-sets of it are verified."""
     suspects: dict[Row, set[Row]] = {}
     for turn in range(ROUNDS):
         keep = _uneven(plan, turn)
-        error = _tried(model, walk, plan, keep, calls)
+        error = _try(model, walk, plan, keep, calls)
         if error is None:
             return plan
         groups = _concerned(walk, plan, keep, error)
@@ -46,29 +47,26 @@ def probed(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
         if len(twins) > 1:
             continue  # another keep-set tells them apart
         for twin in twins:
-            walk.graph.constrain("size", reason, np.array([row, twin], np.int32))
+            walk.graph.constrain("size", error.place, np.array([row, twin], np.int32))
         for name in () if twins else groups:
-            walk.graph.freeze(_first_nodes(walk, plan, name), reason)
+            walk.graph.freeze(_first_channels(walk, plan, name), reason)
         suspects.clear()
         plan = build_plan(model, walk)
     return plan
 
 
-def _tried(model: nn.Module, walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls) -> GateError | None:
+def _try(
+    model: nn.Module, walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls
+) -> VerificationError | None:
     try:
-        pass_gate(model, plan, sliced_shapes(model, plan, keep), "count", calls, walk.steps)
-    except GateError as error:
+        verify_sliced(model, plan, sliced_shapes(model, plan, keep), "count", calls, walk.steps)
+    except VerificationError as error:
         return error
     return None
 
 
 def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
     """An allowed keep-set in which groups of equal size keep different counts, as far as that goes."""
-    from ..plan.lattice import (
-        lattice,  # selection is planned on: it imports this package
-        rank_units,
-    )
-
     of = lattice(plan, "count")
     seen: dict[int, int] = {}
     chosen = of.levels.copy()
@@ -78,13 +76,13 @@ def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
             chosen[c] = choices[len(choices) - 2 - seen.get(levels, 0) % (len(choices) - 1)]
             seen[levels] = seen.get(levels, 0) + 1
     stays = rank_units(of, np.random.default_rng(turn).random(plan.n_units), "independent").kept(chosen)
-    return {g.name: np.flatnonzero(stays[plan.offsets[i] : plan.offsets[i + 1]]) for i, g in enumerate(plan.groups)}
+    return plan.keep_of(stays)
 
 
-def _concerned(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: GateError) -> list[str]:
+def _concerned(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: VerificationError) -> list[str]:
     """The groups of the channels at which the walk failed, or else those that have the size it was asked for."""
-    units = units_of_nodes(plan, walk.nodes)[error.nodes]
-    groups = np.unique(np.searchsorted(plan.offsets, units[units >= 0], side="right") - 1).tolist()
+    units = units_of_channels(plan, walk.channels)[error.channels]
+    groups = np.unique(plan.group_of[units[units >= 0]])
     return [plan.groups[g].name for g in groups] or [n for n in keep if len(keep[n]) in error.sizes]
 
 
@@ -98,7 +96,7 @@ def _culprits(
 ) -> list[str]:
     """The clusters of groups that fail on their own, by halving: for failures that name no channel."""
     part = {n: keep[n] for names in clusters for n in names}
-    if not part or _tried(model, walk, plan, part, calls) is None:
+    if not part or _try(model, walk, plan, part, calls) is None:
         return []
     if len(clusters) == 1:
         return list(clusters[0])
@@ -109,8 +107,6 @@ def _culprits(
 
 def _shrunk_clusters(plan: Plan, keep: Mapping[str, np.ndarray]) -> list[list[str]]:
     """Groups that constraints tie to one another, without those that keep everything."""
-    from ..plan.lattice import lattice
-
     clusters: dict[int, list[str]] = {}
     for g, c in zip(plan.groups, lattice(plan, "count").cluster.tolist()):
         if len(keep[g.name]) < g.n_units:
@@ -118,19 +114,19 @@ def _shrunk_clusters(plan: Plan, keep: Mapping[str, np.ndarray]) -> list[list[st
     return list(clusters.values())
 
 
-def _twins(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: GateError) -> tuple[Row, set[Row]]:
+def _twins(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: VerificationError) -> tuple[Row, set[Row]]:
     """The width at which the walk failed, and those as wide whose kept count the operation asked for instead."""
-    unit_of, alive = units_of_nodes(plan, walk.nodes), alive_units(plan, keep)
+    unit_of, alive = units_of_channels(plan, walk.channels), alive_units(plan, keep)
     rows: dict[bytes, Row] = {}
     left: dict[Row, int] = {}
     failed: list[Row] = []
-    for (name, dim), start in walk.nodes.start.items():
-        nodes = np.arange(start, start + walk.nodes.shapes[name][dim])
-        stay = alive[unit_of[nodes]]
+    for (name, dim), start in walk.channels.start.items():
+        channels = np.arange(start, start + walk.channels.shapes[name][dim])
+        stay = alive[unit_of[channels]]
         if not stay.all():
-            row = rows.setdefault(np.sort(unit_of[nodes]).tobytes(), tuple(nodes.tolist()))
+            row = rows.setdefault(np.sort(unit_of[channels]).tobytes(), tuple(channels.tolist()))
             left[row] = int(stay.sum())
-            if np.isin(nodes[stay], error.nodes).all() or (not error.nodes.size and left[row] in error.sizes):
+            if np.isin(channels[stay], error.channels).all() or (not error.channels.size and left[row] in error.sizes):
                 failed.append(row)
     for row in failed:
         twins = {x for x, n in left.items() if len(x) == len(row) and n != left[row] and n in error.sizes}
@@ -139,7 +135,7 @@ def _twins(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: GateEr
     return (), set()
 
 
-def _first_nodes(walk: Walk, plan: Plan, name: str) -> np.ndarray:
+def _first_channels(walk: Walk, plan: Plan, name: str) -> np.ndarray:
     """One channel of every unit of a group, ``(n_units,)``."""
     member = plan[name].members[0]
-    return walk.nodes.start[member.parameter, member.dim] + member.index[:, 0].astype(np.int32)
+    return walk.channels.start[member.parameter, member.dim] + member.index[:, 0].astype(np.int32)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .labels import Labels, Layer, Layers, varying
+from .labels import LabelMap, LabelMaps, Labels, varying
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Attended:
     rows: np.ndarray | None
 
     @classmethod
-    def of(cls, module: str, layer: Layer) -> Attended | None:
-        """None where the layer has no rows: there is one head, or the heads were not split."""
-        dims = varying(layer)
+    def of(cls, module: str, label_map: LabelMap) -> Attended | None:
+        """None where the label map has no rows: there is one head, or the heads were not split."""
+        dims = varying(label_map)
         if len(dims) < 2:
             return None
-        rows = layer.reshape(-1, layer.shape[dims[-1]])
+        rows = label_map.reshape(-1, label_map.shape[dims[-1]])
         rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
         return cls(module, len(rows), rows.shape[1], rows)
 
@@ -64,24 +64,24 @@ class Step:
         return place_of(self.module, self.op)
 
     @property
-    def nodes(self) -> np.ndarray:
+    def channels(self) -> np.ndarray:
         """The channels that the operation works on."""
-        found = [x.reshape(-1) for labels in self.operands if labels is not None for x in labels.layers]
+        found = [x.reshape(-1) for labels in self.operands if labels is not None for x in labels.maps]
         return np.concatenate(found) if found else np.zeros(0, np.int32)
 
 
 @dataclass
 class ScaleTerm:
-    """A softmax over ``n_dims`` head dims. layer: the queries' (head, dim) channels; targets: name to rows."""
+    """A softmax over ``n_dims`` head dims. label_map: the queries' (head, dim) channels; targets: name to rows."""
 
     place: str
     n_dims: int
-    layer: Layer
+    label_map: LabelMap
     targets: dict[str, np.ndarray]
 
     @property
     def first_row(self) -> np.ndarray:
-        return self.layer.reshape(-1, self.layer.shape[-1])[0]
+        return self.label_map.reshape(-1, self.label_map.shape[-1])[0]
 
 
 Calls = Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]
@@ -91,5 +91,5 @@ Calls = Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]
 class CostTerm:
     place: str
     scale: int
-    layers: Layers
+    maps: LabelMaps
     attention: bool

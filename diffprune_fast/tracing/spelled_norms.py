@@ -7,16 +7,14 @@ channels is what the norm means. Such a mean is followed to where it is used; us
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from .labels import Labels, Layers
-
-if TYPE_CHECKING:
-    from .walk import Walk
-
+from .labels import Labels
+from .notes import Statistic, read_note
+from .walk import Walk
 
 _UNCHANGED = ("alias", "contiguous", "clone", "detach", "_to_copy", "to", "type_as")
 
@@ -27,22 +25,12 @@ _POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "square": 2.0, "abs":
 _EPSILON = ("add", "clamp", "clamp_min", "maximum", "mul", "div")
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """A mean over channels: it goes with ``source`` to the power ``degree``. layers: the channels that it is over."""
-
-    source: Labels
-    degree: float
-    layers: Layers
-    reason: str
-
-
 def power_of(labels: Labels) -> tuple[Labels, float]:
     """Which activation a tensor is a power of."""
     return labels.power or (labels, 1.0)
 
 
-def raised(walk: Walk, name: str, args: Any) -> tuple[Labels, float] | None:
+def power_after(walk: Walk, name: str, args: Any) -> tuple[Labels, float] | None:
     """The power that an elementwise op makes of its operand, if that is what it does."""
     name = name.rstrip("_")
     labels = walk.labels(args[0])
@@ -58,14 +46,14 @@ def raised(walk: Walk, name: str, args: Any) -> tuple[Labels, float] | None:
     return None
 
 
-def follow(walk: Walk, name: str, args: Any, tensors: Sequence[Tensor]) -> Statistic | None:
+def statistic_of_output(walk: Walk, name: str, args: Any, tensors: Sequence[Tensor]) -> Statistic | None:
     """Look at an op's operands before it runs; what its output is, where that is still a statistic."""
-    found = [t._statistic for t in tensors if getattr(t, "_statistic", None) is not None]  # type: ignore[attr-defined]
+    found = [s for t in tensors if (s := read_note(t).statistic) is not None]
     if not found:
         return None
-    s: Statistic = found[0]
+    s = found[0]
     name = name.rstrip("_")
-    if len(found) == 1 and getattr(args[0], "_statistic", None) is s:
+    if len(found) == 1 and read_note(args[0]).statistic is s:
         if name in _UNCHANGED:
             return s
         if name in _POWERS:
@@ -76,7 +64,7 @@ def follow(walk: Walk, name: str, args: Any, tensors: Sequence[Tensor]) -> Stati
             return s
     if not (len(found) == 1 and _divides(walk, name, args, s)):
         for other in found:
-            freeze(walk, other)
+            freeze_statistic(walk, other)
     return None
 
 
@@ -84,7 +72,7 @@ def _divides(walk: Walk, name: str, args: Any, s: Statistic) -> bool:
     """Whether the statistic's degree takes that of its own source away."""
     if name not in ("mul", "div") or len(args) < 2 or not all(isinstance(a, Tensor) for a in args[:2]):
         return False
-    first = getattr(args[0], "_statistic", None) is s
+    first = read_note(args[0]).statistic is s
     if first and name == "div":
         return False
     labels = walk.labels(args[1] if first else args[0])
@@ -94,6 +82,6 @@ def _divides(walk: Walk, name: str, args: Any, s: Statistic) -> bool:
     return source is s.source and degree + (s.degree if name == "mul" else -s.degree) == 0
 
 
-def freeze(walk: Walk, s: Statistic) -> None:
-    for layer in s.layers:
-        walk.graph.freeze(layer, s.reason)
+def freeze_statistic(walk: Walk, s: Statistic) -> None:
+    for label_map in s.maps:
+        walk.graph.freeze(label_map, s.reason)

@@ -1,8 +1,8 @@
 """What a forward computes besides its channels: a sliced model must use the same operations, numbers and sizes.
 
 Labels follow channels; they don't see a number that was made of their count (``h / h.shape[1]``). So a walk notes
-every operation with its numbers, and the gate compares the sliced model's list with the unsliced model's. What may
-differ is the length of a dim whose channels are labelled, and the arguments that only say such a length.
+every operation with its numbers, and verification compares the sliced model's list with the unsliced model's. What
+may differ is the length of a dim whose channels are labelled, and the arguments that only say such a length.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .constants import spread
+from .constants import varying_shape
 from .labels import Labels
 from .records import Step, _Sizes
-
-if TYPE_CHECKING:
-    from .walk import Walk
-
+from .walk import Walk
 
 # Arguments that are sizes. Where they say the size of anything but labelled channels, the output's shape shows it.
 _SIZES = "size shape sizes split_size split_sizes normalized_shape N C HxW length repeats steps"
@@ -39,7 +36,7 @@ _SIZES_OF = {
     "new_empty_strided": "stride",
     "group_norm": "num_groups",  # compared by itself: it follows the channels of an instance norm
     "native_group_norm": "group",
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), "groups"),  # the gate compares their rows
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), "groups"),  # verification compares their rows
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "groups"),
 }
 
@@ -88,7 +85,7 @@ def _content(t: Tensor) -> tuple[tuple[int, ...], int]:
     return tuple(t.shape), zlib.crc32(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
-def note(walk: Walk, op: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any) -> None:
+def record_step(walk: Walk, op: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any) -> None:
     """Add an operation that has run to the walk's list."""
     name, counts, ignored = _compared(op)
     if name in _NOTHING:
@@ -111,7 +108,7 @@ def note(walk: Walk, op: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor],
             contents,
             tuple([o.shape for o in outs]),
             tuple([walk.labels(o) for o in outs]),
-            tuple([t.shape for t in tensors]) if labelled else _read(walk, name, tensors),
+            tuple([t.shape for t in tensors]) if labelled else _read(name, tensors),
             operands,
             labelled,
             _norm_groups(op, args, kwargs) if "group_norm" in name else None,
@@ -125,16 +122,16 @@ def _norm_groups(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[
     return int(named["num_groups"] if "num_groups" in named else named["group"]), args[0].shape[1]
 
 
-def _read(walk: Walk, name: str, tensors: Sequence[Tensor]) -> _Sizes:
+def _read(name: str, tensors: Sequence[Tensor]) -> _Sizes:
     """The sizes of operands that an operation's result may depend on."""
     if name.startswith("new_"):
         return ()
     if name in _PICKS:
-        return tuple([spread(walk, t) for t in tensors])
+        return tuple([varying_shape(t) for t in tensors])
     return tuple([t.shape for t in (tensors[:1] if name == "type_as" else tensors)])
 
 
-def changed(before: Sequence[Step], after: Sequence[Step]) -> tuple[Step, str] | None:
+def first_difference(before: Sequence[Step], after: Sequence[Step]) -> tuple[Step, str] | None:
     """The first operation of a sliced model that computes something else than the unsliced model's, and what.
 
     Tables that the first walk made, without channels, may be cached since.
@@ -189,4 +186,4 @@ def _resized(a: Sequence[int], mine: Labels | None, b: Sequence[int], theirs: La
 
 
 def _labelled(labels: Labels | None, dim: int) -> bool:
-    return labels is not None and any(x.shape[dim] > 1 for x in labels.layers)
+    return labels is not None and any(x.shape[dim] > 1 for x in labels.maps)

@@ -9,12 +9,12 @@ from torch import nn
 from ..architectures.inputs import calls_of
 from ..choices import Units, check_choice
 from ..plan.plan import Plan
-from .channels import Nodes, units_of_nodes
+from .channels import Channels, units_of_channels
 from .graph import Graph
 from .grouping import build_plan
 from .heads import heads_to_take_whole, reach
-from .probe import probed
-from .tracer import follow
+from .probe import probe_plan
+from .tracer import walk_forward
 
 
 def trace(
@@ -51,14 +51,14 @@ def trace(
     """
     check_choice("units", units, Units)
     calls = calls_of(model, example_inputs)
-    nodes = Nodes.of(model)
-    walk = follow(model, nodes, Graph(nodes.total), calls)
+    channels = Channels.of(model)
+    walk = walk_forward(model, channels, Graph(channels.total), calls)
     plan = build_plan(model, walk)
-    heads = heads_to_take_whole(walk.attended, units_of_nodes(plan, nodes), units)
+    heads = heads_to_take_whole(walk.attended, units_of_channels(plan, channels), units)
     if heads is None:
-        return probed(model, walk, plan, calls)
-    again = follow(model, nodes, Graph(nodes.total, heads=heads), calls)
-    by_heads = probed(model, again, build_plan(model, again), calls)
+        return probe_plan(model, walk, plan, calls)
+    again = walk_forward(model, channels, Graph(channels.total, heads=heads), calls)
+    by_heads = probe_plan(model, again, build_plan(model, again), calls)
     if units == "heads" or reach(by_heads) >= reach(plan):
         return by_heads
-    return max(by_heads, probed(model, walk, plan, calls), key=reach)
+    return max(by_heads, probe_plan(model, walk, plan, calls), key=reach)

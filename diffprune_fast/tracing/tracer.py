@@ -13,17 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..architectures.attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from ..architectures.position_tables import Table, table_of
 from . import constants, scale_folding, spelled_norms, steps
-from .channels import Nodes
-from .errors import TraceError, explained
+from .channels import Channels
+from .errors import TraceError, explain_failure
 from .graph import Graph
 from .labels import Labels, varying
-from .meta import hooked, inputs_on_meta, on_meta, outputs_in
+from .meta import inputs_on_meta, like_a_device, module_hooks, on_meta, outputs_in
+from .notes import note_on, read_note
 from .records import Calls
-from .rules import RULES, unknown
+from .rules import Operation, apply_rule, has_rule
 from .walk import Walk
 
 
-def follow(model: nn.Module, channels: Nodes, graph: Graph, calls: Calls) -> Walk:
+def walk_forward(model: nn.Module, channels: Channels, graph: Graph, calls: Calls) -> Walk:
     """Run the calls on meta and return what the walk found; ``graph`` is filled. Raises TraceError."""
     tracer = Tracer(model, channels, graph)
     try:
@@ -31,14 +32,14 @@ def follow(model: nn.Module, channels: Nodes, graph: Graph, calls: Calls) -> Wal
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(explained(type(model).__name__, tracer.walk.module, error)) from error
+        raise TraceError(explain_failure(type(model).__name__, tracer.walk.module, error)) from error
     return tracer.walk
 
 
 class Tracer(TorchDispatchMode):
     """The dispatch mode under which the model runs: it hands every operation to its rule and writes it down."""
 
-    def __init__(self, model: nn.Module, channels: Nodes, graph: Graph) -> None:
+    def __init__(self, model: nn.Module, channels: Channels, graph: Graph) -> None:
         super().__init__()
         self.walk = Walk(model, channels, graph)
 
@@ -48,65 +49,61 @@ class Tracer(TorchDispatchMode):
         Raises whatever the forward does.
         """
         walk = self.walk
-        with on_meta(model, walk.nodes, kept), hooked(self._enter, self._leave):
+        with on_meta(model, walk.channels, kept), module_hooks(model, self._enter, self._leave), like_a_device():
             for method, args, kwargs in calls:
                 f = model if method == "forward" else getattr(model, method)
                 with torch.inference_mode(), self:
                     out = f(*inputs_on_meta(args), **inputs_on_meta(kwargs))
                 walk.stack.clear()
                 for t in outputs_in(out, set()):
-                    if getattr(t, "_statistic", None) is not None:
-                        spelled_norms.freeze(walk, t._statistic)  # type: ignore[attr-defined]
-                    labels = walk.labels(t)
-                    for layer in labels.layers if labels is not None else ():
-                        walk.graph.freeze(layer, "is an output of the model")
-        scale_folding.settle(walk)
+                    statistic = read_note(t).statistic
+                    if statistic is not None:
+                        spelled_norms.freeze_statistic(walk, statistic)
+                    for label_map in walk.maps(t):
+                        walk.graph.freeze(label_map, "is an output of the model")
+        scale_folding.freeze_unfoldable_heads(walk)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         tensors = list(self.walk.tensors((args, kwargs)))
-        statistic = spelled_norms.follow(self.walk, name, args, tensors) if self.walk.statistics else None
-        made = constants.follow(func, args, tensors)
-        out = self._apply_rule(func, args, kwargs, tensors)
-        if made is not None:
-            out._made = made
+        statistic = spelled_norms.statistic_of_output(self.walk, name, args, tensors) if self.walk.statistics else None
+        content = constants.content_of_output(func, args, tensors)
+        out = self._run(func, args, kwargs, tensors)
+        if content is not None:
+            note_on(out).content = content
         if statistic is not None:
-            out._statistic = statistic
-        scale_folding.note_leaks(self.walk, name, tensors, kwargs, out)
-        steps.note(self.walk, func, args, kwargs, tensors, out)
+            note_on(out).statistic = statistic
+        scale_folding.note_other_uses(self.walk, name, tensors, kwargs, out)
+        steps.record_step(self.walk, func, args, kwargs, tensors, out)
         return out
 
-    def _apply_rule(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
-        rule = RULES.get(func._schema.name)
-        if rule is not None:
-            return rule(self.walk, func, args, kwargs)
+    def _run(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
+        if has_rule(func):
+            return apply_rule(self.walk, func, args, kwargs)
         if not any(self.walk.labels(t) is not None for t in tensors):
             return self.walk.run(func, args, kwargs)
         with self:
             out = func.decompose(*args, **kwargs)
-        return unknown(self.walk, func, args, kwargs) if out is NotImplemented else out
+        return Operation(self.walk, func, args, kwargs).run_unknown() if out is NotImplemented else out
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         walk = self.walk
-        name = walk.modules.get(id(module))
-        if name is None:
-            return
+        name = walk.modules[id(module)]
         walk.stack.append(name)
         kind = type(module).__name__
         if kind in INPUT_ATTRIBUTES:
-            labels = walk.labels(inputs[0]) if inputs else None
-            for layer in labels.layers if labels is not None else ():
-                if varying(layer) == (1,):
+            for label_map in walk.maps(inputs[0]) if inputs else ():
+                if varying(label_map) == (1,):
                     for attribute in INPUT_ATTRIBUTES[kind]:
-                        walk.attributes[name, attribute] = layer.reshape(-1)
+                        walk.attributes[name, attribute] = label_map.reshape(-1)
         table = table_of(module)
         if table is not None:
             self._fit(module, table, inputs)
         if kind in FROZEN_CLASSES:
             for p in module.parameters():
-                for layer in walk.nodes.layers(walk.name_of(p) or ""):
-                    walk.graph.freeze(layer, FROZEN_CLASSES[kind])
+                for label_map in walk.channels.maps(walk.name_of(p) or ""):
+                    walk.graph.freeze(label_map, FROZEN_CLASSES[kind])
 
     def _fit(self, module: nn.Module, rule: Table, inputs: Any) -> None:
         """A table of positions for inputs of another size, with the labels of the one that there is."""
@@ -115,11 +112,10 @@ class Tracer(TorchDispatchMode):
         old = getattr(module, rule.buffer)
         if size != rule.held(module):
             new = torch.empty((1, rule.positions(module, size), old.shape[-1]), dtype=old.dtype, device="meta")
-            labels = walk.labels(old)
-            walk.label(new, Labels(tuple([x for x in labels.layers if varying(x) == (2,)])) if labels else None)
-            new._parameter_name = walk.name_of(old)  # type: ignore[attr-defined]
+            walk.label(new, Labels(tuple([x for x in walk.maps(old) if varying(x) == (2,)])))
+            note_on(new).parameter = walk.name_of(old)
             rule.hold(module, size, new)
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self.walk.stack and id(module) in self.walk.modules:
+        if self.walk.stack:
             self.walk.stack.pop()

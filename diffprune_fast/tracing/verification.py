@@ -1,4 +1,4 @@
-"""The gate: a sliced model, walked with the labels of the channels that it kept, must agree with its plan."""
+"""Verification: a sliced model, walked with the labels of the channels that it kept, must agree with its plan."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from torch import nn
 from ..choices import NormGroups
 from ..plan.keep_sets import Sliced, alive_units, sliced_shapes
 from ..plan.plan import Plan
-from .channels import Nodes, units_of_nodes
+from .channels import Channels, units_of_channels
 from .errors import TraceError, where_in
 from .graph import Graph
 from .grouping import free_rows
 from .records import Calls, Step
-from .steps import changed
-from .tracer import Tracer, follow
+from .steps import first_difference
+from .tracer import Tracer, walk_forward
 from .walk import Walk
 
 
-class GateError(ValueError):
+class VerificationError(ValueError):
     """The sliced model would not run, or its channels would not go together as the plan says.
 
-    nodes: the channels that the failure concerns. sizes: the sizes that the failing operation was asked for.
+    place: the operation that failed. channels: those that the failure concerns. sizes: those that the operation was
+    asked for.
     """
 
-    def __init__(self, message: str, nodes: np.ndarray, sizes: tuple[int, ...] = ()) -> None:
+    def __init__(self, message: str, place: str, channels: np.ndarray, sizes: tuple[int, ...] = ()) -> None:
         super().__init__(message)
-        self.nodes = nodes
+        self.place = place
+        self.channels = channels
         self.sizes = sizes
 
 
-class Gate(Graph):
+class Comparison(Graph):
     """A graph that compares instead of collecting: every meeting must be one that the plan allows."""
 
-    def __init__(self, nodes: Nodes, plan: Plan, sliced: Sliced, norm_groups: NormGroups) -> None:
-        super().__init__(nodes.total)
+    def __init__(self, channels: Channels, plan: Plan, sliced: Sliced, norm_groups: NormGroups) -> None:
+        super().__init__(channels.total)
         self.norm_groups = norm_groups
-        self.unit_of = units_of_nodes(plan, nodes)
+        self.unit_of = units_of_channels(plan, channels)
         self.alive = alive_units(plan, sliced.keep)
         self.allowed = {self._key(c.kind, c.rows) for c in plan.constraints}
 
@@ -63,24 +65,25 @@ class Gate(Graph):
             return
         what = "norm groups" if "norm" in kind else "rows"
         message = f"after slicing, the {what} of {place} would hold other channels than before"
-        raise GateError(message, rows.reshape(-1), rows.shape[1:])
+        raise VerificationError(message, place, rows.reshape(-1), rows.shape[1:])
 
     def goes_whole(self, rows: np.ndarray, n_heads: int, module: str) -> bool:
         """The plan knows: a row's channels are one unit."""
         units = self.unit_of[rows]
         return bool((units >= 0).all() and (units == units[:, :1]).all())
 
-    def compare(self) -> None:
+    def check_edges(self) -> None:
         """All edges join channels of one unit (or channels that stay); all that is frozen stays."""
         for a, b, place in self.edges:
             if not np.array_equal(self.unit_of[a], self.unit_of[b]):
-                raise GateError(
+                raise VerificationError(
                     f"after slicing, {place} would bring together channels that don't belong together",
+                    place,
                     np.concatenate([a, b]),
                 )
         for a, reason in self.frozen:
             if (self.unit_of[a] >= 0).any():
-                raise GateError(f"after slicing, a channel that was removed elsewhere {reason}", a)
+                raise VerificationError(f"after slicing, a channel that was removed elsewhere {reason}", "", a)
 
 
 @contextmanager
@@ -98,7 +101,7 @@ def _attributes_set(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator
             setattr(module, name, value)
 
 
-def pass_gate(
+def verify_sliced(
     model: nn.Module,
     plan: Plan,
     sliced: Sliced,
@@ -111,46 +114,45 @@ def pass_gate(
     steps: what the unsliced model computes in these calls; without them it is walked as well.
 
     Raises:
-        GateError: it would not run, or channels, norm groups, heads or numbers would not be what they were.
+        VerificationError: it would not run, or channels, norm groups, heads or numbers would not be what they were.
     """
-    nodes = Nodes.of(model)
-    steps = _unsliced(model, plan, nodes, norm_groups, calls) if steps is None else steps
-    gate = Gate(nodes, plan, sliced, norm_groups)
-    tracer = Tracer(model, nodes, gate)
+    channels = Channels.of(model)
+    steps = _unsliced(model, plan, channels, norm_groups, calls) if steps is None else steps
+    comparison = Comparison(channels, plan, sliced, norm_groups)
+    tracer = Tracer(model, channels, comparison)
     walk = tracer.walk
     with _attributes_set(model, sliced.attributes):
         try:
             tracer.run(model, calls, sliced.kept)
-        except GateError:
+        except VerificationError:
             raise
         except Exception as error:
             where = where_in(walk.module, error)
-            raise GateError(
+            raise VerificationError(
                 f"the sliced {type(model).__name__} would not run: {error or type(error).__name__}{where}. Its forward "
                 "reads a size from elsewhere; keep the groups that it concerns whole (ignore=[...])",
                 *_failed(walk),
             ) from error
-    gate.compare()
-    found = changed(steps, walk.steps)
+    comparison.check_edges()
+    found = first_difference(steps, walk.steps)
     if found is not None:
         step, what = found
         message = f"after slicing, {what} used in {step.place} would change: it follows the width of the model"
-        raise GateError(message, step.nodes)
+        raise VerificationError(message, step.place, step.channels)
 
 
-def _unsliced(model: nn.Module, plan: Plan, nodes: Nodes, norm_groups: NormGroups, calls: Calls) -> list[Step]:
+def _unsliced(model: nn.Module, plan: Plan, channels: Channels, norm_groups: NormGroups, calls: Calls) -> list[Step]:
     """What the model computes as it is."""
-    whole = Gate(nodes, plan, sliced_shapes(model, plan, {}), norm_groups)
+    whole = Comparison(channels, plan, sliced_shapes(model, plan, {}), norm_groups)
     try:
-        return follow(model, nodes, whole, calls).steps
+        return walk_forward(model, channels, whole, calls).steps
     except TraceError as error:
-        raise GateError(str(error), np.zeros(0, np.int32)) from error
+        raise VerificationError(str(error), "", np.zeros(0, np.int32)) from error
 
 
-def _failed(walk: Walk) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The channels of the operation that failed, and the sizes that it was asked for."""
-    args = walk.failed if walk.failed is not None else ()
-    labels = [walk.labels(t) for t in walk.tensors(list(args))]
-    nodes = [x.reshape(-1) for found in labels if found is not None for x in found.layers]
+def _failed(walk: Walk) -> tuple[str, np.ndarray, tuple[int, ...]]:
+    """The operation that failed, its channels, and the sizes that it was asked for."""
+    place, args = walk.failed or (walk.module or "model", ())
+    channels = [x.reshape(-1) for t in walk.tensors(list(args)) for x in walk.maps(t)]
     sizes = [n for a in args if isinstance(a, (list, tuple)) for n in a if isinstance(n, int)]
-    return np.concatenate(nodes) if nodes else np.zeros(0, np.int32), tuple(sizes)
+    return place, np.concatenate([np.zeros(0, np.int32), *channels]), tuple(sizes)

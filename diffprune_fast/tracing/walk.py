@@ -9,37 +9,47 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.attributes import DIM_ATTRIBUTES, HEAD_ATTRIBUTES
-from .channels import Nodes
+from .channels import Channels
 from .graph import Graph
-from .labels import Labels, Layer, Layers, varying
+from .labels import LabelMap, LabelMaps, Labels, varying
 from .meta import to_meta
+from .notes import note_on, read_note
 from .records import Attended, CostTerm, ScaleTerm, Step, place_of
 
 
 class Walk:
     """What a walk has found so far, and what rules may do with it; the tracer calls the rules."""
 
-    def __init__(self, model: nn.Module, nodes: Nodes, graph: Graph) -> None:
-        self.nodes = nodes
+    def __init__(self, model: nn.Module, channels: Channels, graph: Graph) -> None:
+        self.channels = channels
         self.graph = graph
         self.costs: list[CostTerm] = []
         self.scales: list[ScaleTerm] = []
-        self.leaks: list[Labels] = []
+        self.other_uses: list[Labels] = []
         self.statistics = 0
-        self.attributes: dict[tuple[str, str], Layer] = {}
-        self.scale_attributes: dict[tuple[str, str], Layer] = {}
+        self.attributes: dict[tuple[str, str], LabelMap] = {}
+        self.scale_attributes: dict[tuple[str, str], LabelMap] = {}
         self.attended: list[Attended] = []
         self.steps: list[Step] = []
         self.modules = {id(m): n for n, m in model.named_modules()}
         self.by_name = dict(model.named_modules())
         self.stack: list[str] = []
-        self.failed: tuple[Any, ...] | None = None
+        self.failed: tuple[str, tuple[Any, ...]] | None = None  # an operation's place and arguments
 
     def labels(self, t: Any) -> Labels | None:
-        return getattr(t, "_channel_labels", None)
+        return read_note(t).labels
+
+    def maps(self, t: Any) -> LabelMaps:
+        """A tensor's label maps, none for one without labels."""
+        labels = read_note(t).labels
+        return labels.maps if labels is not None else ()
 
     def label(self, t: Tensor, labels: Labels | None) -> None:
-        t._channel_labels = labels if labels is not None and labels.layers else None  # type: ignore[attr-defined]
+        note_on(t).labels = labels if labels is not None and labels.maps else None
+
+    def name_of(self, t: Any) -> str | None:
+        """The name of the parameter or buffer that a tensor is."""
+        return read_note(t).parameter
 
     @property
     def module(self) -> str:
@@ -62,7 +72,7 @@ class Walk:
         try:
             return func(*args, **kwargs)
         except Exception:
-            self.failed = args
+            self.failed = self.place(func), args
             raise
 
     def tensors(self, tree: Any) -> Iterator[Tensor]:
@@ -82,29 +92,25 @@ class Walk:
             return getattr(torch.Tensor, name[:-1])
         return func
 
-    def graph_freeze(self, t: Tensor, dims: Sequence[int], reason: str) -> None:
-        labels = self.labels(t)
-        for layer in labels.layers if labels is not None else ():
-            if any(layer.shape[d] > 1 for d in dims):
-                self.graph.freeze(layer, reason)
+    def freeze_dims(self, t: Tensor, dims: Sequence[int], reason: str) -> None:
+        for label_map in self.maps(t):
+            if any(label_map.shape[d] > 1 for d in dims):
+                self.graph.freeze(label_map, reason)
 
-    def cost(self, func: Any, total: int, layers: Layers, attention: bool = False) -> None:
+    def cost(self, place: str, total: int, maps: LabelMaps, attention: bool = False) -> None:
         """``total`` multiply-accumulates, proportional to the sizes of the labelled dims."""
-        used: list[Layer] = []
+        used: list[LabelMap] = []
         dims: set[int] = set()
-        for x in sorted(layers, key=lambda y: -y.size):
+        for x in sorted(maps, key=lambda y: -y.size):
             mine = set(varying(x)) if x.ndim > 1 else {-1 - len(used)}
             if not mine & dims:
                 used.append(x)
                 dims |= mine
                 total //= x.size
-        self.costs.append(CostTerm(self.place(func), total, tuple(used), attention))
+        self.costs.append(CostTerm(place, total, tuple(used), attention))
 
-    def name_of(self, t: Tensor) -> str | None:
-        return getattr(t, "_parameter_name", None)
-
-    def regrouped(self, before: Layer, after: Layer, place: str) -> Layer:
-        """A layer after a reshape; over heads only where it was split into heads that go as a whole."""
+    def keep_heads_whole(self, before: LabelMap, after: LabelMap, place: str) -> LabelMap:
+        """A label map after a reshape; over heads only where it was split into heads that go as a whole."""
         if len(varying(after)) <= len(varying(before)):
             return after
         module = self.module
@@ -116,41 +122,40 @@ class Walk:
             module = module.rpartition(".")[0]
         return heads
 
-    def _head_attributes(self, module: str, names: Sequence[str], layer: Layer) -> bool:
-        """Note the module's attributes, of these names, that hold the size of a layer; whether there are any."""
+    def _head_attributes(self, module: str, names: Sequence[str], label_map: LabelMap) -> bool:
+        """Note the module's attributes, of these names, that hold the size of a label map; whether there are any."""
         held = vars(self.by_name[module])
-        found = [a for a in names if type(held.get(a)) is int and held[a] == layer.size]
+        found = [a for a in names if type(held.get(a)) is int and held[a] == label_map.size]
         for name in found:
-            self.attributes[module, name] = layer
+            self.attributes[module, name] = label_map
         return bool(found)
 
     def attend(self, *operands: Tensor) -> None:
         """Note what an attention product brings together: heads, dims, channels."""
         for t in operands:
-            labels = self.labels(t)
-            for layer in labels.layers if labels is not None else ():
-                found = Attended.of(self.module, layer)
+            for label_map in self.maps(t):
+                found = Attended.of(self.module, label_map)
                 if found is not None and found.rows is not None:
                     self.attended.append(found)
                     self._head_attributes(self.module, DIM_ATTRIBUTES, found.rows[0])
-            if labels is None and t.dim() == 4:
+            if not self.maps(t) and t.dim() == 4:
                 self.attended.append(Attended(self.module, t.shape[1], t.shape[3], None))
 
-    def attribute(self, parameter: Tensor, name: str, *layers: Layer) -> None:
-        """A module attribute that follows the size of a layer."""
+    def attribute(self, parameter: Tensor, name: str, *maps: LabelMap) -> None:
+        """A module attribute that follows the size of a label map."""
         owner = self.name_of(parameter)
-        if owner is None or not layers:
+        if owner is None or not maps:
             return
         module = self.module
         held = self.by_name[module]._parameters.values()
-        if not any(getattr(p, "_parameter_name", None) == owner for p in held):  # a tied one has several owners
+        if not any(self.name_of(p) == owner for p in held):  # a tied one has several owners
             module = owner.rpartition(".")[0]
         if isinstance(getattr(self.by_name.get(module), name, None), (int, tuple)):
-            self.attributes[module, name] = layers[0].reshape(-1)
+            self.attributes[module, name] = maps[0].reshape(-1)
 
-    def norm_attribute(self, weight: Tensor | None, name: str, layer: Layer) -> None:
+    def norm_attribute(self, weight: Tensor | None, name: str, label_map: LabelMap) -> None:
         """Like :meth:`attribute`, also for a norm without parameters (then it is the running module's)."""
         if weight is not None:
-            self.attribute(weight, name, layer)
+            self.attribute(weight, name, label_map)
         elif self.stack and hasattr(self.by_name[self.module], name):
-            self.attributes[self.module, name] = layer.reshape(-1)
+            self.attributes[self.module, name] = label_map.reshape(-1)

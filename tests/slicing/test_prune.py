@@ -245,9 +245,11 @@ class Reads(nn.Module):
         ("padding", "slicing|run"),
     ],
 )
-def test_gate_refuses_a_forward_that_would_change(how: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_that_would_change_is_refused(how: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Reads(how)
-    monkeypatch.setattr(sys.modules["diffprune_fast.tracing.trace"], "probed", lambda model, walk, plan, calls: plan)
+    monkeypatch.setattr(
+        sys.modules["diffprune_fast.tracing.trace"], "probe_plan", lambda model, walk, plan, calls: plan
+    )
     plan = dpf.trace(model, X)
     assert plan.groups, "labels alone can't see it"
     (group,) = plan.groups

@@ -15,11 +15,11 @@ import diffprune_fast as dpf
 from diffprune_fast.architectures.inputs import calls_of
 from diffprune_fast.plan import sliced_shapes
 from diffprune_fast.slicing import SliceError
-from diffprune_fast.tracing import GateError, pass_gate
-from diffprune_fast.tracing.channels import Nodes
+from diffprune_fast.tracing import VerificationError, verify_sliced
+from diffprune_fast.tracing.channels import Channels
 from diffprune_fast.tracing.graph import Graph
 from diffprune_fast.tracing.grouping import build_plan
-from diffprune_fast.tracing.tracer import follow
+from diffprune_fast.tracing.tracer import walk_forward
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 Between = Callable[[Tensor], Tensor]
@@ -108,15 +108,15 @@ def test_a_width_that_a_number_follows_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a tensor of one element", "a sum of ones", "the groups of a norm", "a branch"])
-def test_the_gate_refuses_a_keep_set_that_changes_a_number(name: str) -> None:
+def test_verification_refuses_a_keep_set_that_changes_a_number(name: str) -> None:
     model = randomised(Net(FOLLOWING[name]))
     calls = calls_of(model, (X[:1],))
-    walk = follow(model, nodes := Nodes.of(model), Graph(nodes.total), calls)
+    walk = walk_forward(model, channels := Channels.of(model), Graph(channels.total), calls)
     plan = build_plan(model, walk)  # not probed
     fewer = {"a": np.arange(0, 32, 2)}
-    with pytest.raises(GateError, match=r"used in model \(.*\) would change: it follows the width"):
-        pass_gate(model, plan, sliced_shapes(model, plan, fewer), "count", calls)
-    pass_gate(model, plan, sliced_shapes(model, plan, {"free": np.arange(5)}), "count", calls)
+    with pytest.raises(VerificationError, match=r"used in model \(.*\) would change: it follows the width"):
+        verify_sliced(model, plan, sliced_shapes(model, plan, fewer), "count", calls)
+    verify_sliced(model, plan, sliced_shapes(model, plan, {"free": np.arange(5)}), "count", calls)
 
 
 def test_a_number_that_takes_a_step_is_refused_when_pruning_reaches_it() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import diffprune_fast as dpf
 from diffprune_fast.tracing.labels import compress
-from diffprune_fast.tracing.rules.movement import _reshaped
+from diffprune_fast.tracing.rules.movement import _reshape_map
 
 X = (torch.empty(1, 3, 8, 8),)
 
@@ -98,7 +98,7 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert model.training
     assert not model.mid_block.training
-    assert not any(hasattr(p, "_channel_labels") for p in model.parameters())
+    assert not any(hasattr(p, "_walk_note") for p in model.parameters())
 
 
 class Caches(TwoConvs):
@@ -348,7 +348,7 @@ def test_reshapes_of_a_layer_leave_out_the_dims_on_which_it_does_not_depend(befo
         layer = np.arange(1, int(np.prod(shape)) + 1, dtype=np.int32).reshape(shape)
         if layer.size == 1:
             continue
-        got = _reshaped(layer, before, after)
+        got = _reshape_map(layer, before, after)
         want = np.broadcast_to(layer, before).reshape(after)
         assert got is not None
         assert np.array_equal(np.broadcast_to(got, after), want)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from . import attention, contractions, convolution, elementwise, movement, norms  # noqa: F401  (they register their rules)
-from .registry import RULES, unknown
+from .registry import Operation, apply_rule, has_rule
 
-__all__ = ["RULES", "unknown"]
+__all__ = ["Operation", "apply_rule", "has_rule"]

@@ -3,89 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..labels import Labels, Layer, Layers, varying
-from ..scale_folding import of_projection
-from .registry import aligned, padded, rule, shell, unknown
-
-if TYPE_CHECKING:
-    from ..walk import Walk
+from ..labels import LabelMap, LabelMaps, Labels, varying
+from ..scale_folding import targets_of_projection
+from .registry import Operation, align, empty_output, pad_shape, rule
 
 
 def contract(
-    walk: Walk, func: Any, a: Layers, sa: Sequence[int], b: Layers, sb: Sequence[int], attention: bool = False
-) -> tuple[Layers, tuple[Layer, ...]]:
-    """Meet in a space whose last dim is contracted; the layers that are left, and those that were contracted."""
+    op: Operation, a: LabelMaps, sa: Sequence[int], b: LabelMaps, sb: Sequence[int], attention: bool = False
+) -> tuple[LabelMaps, tuple[LabelMap, ...]]:
+    """Join in a space whose last dim is contracted; the label maps that are left, and those that were contracted."""
     last = len(sa) - 1
-    joined = walk.graph.meet(a, sa, b, sb, walk.place(func), summed=(last,))
+    joined = op.walk.graph.join(a, sa, b, sb, op.place, summed=(last,))
     total = int(np.prod([max(m, n) for m, n in zip(sa, sb)], dtype=np.int64))
-    walk.cost(func, total, joined, attention)
+    op.walk.cost(op.place, total, joined, attention)
     left = tuple([x.reshape(x.shape[:-1]) for x in joined if x.shape[-1] == 1])
     return left, tuple([x for x in joined if x.shape[-1] > 1])
 
 
-def _insert(layers: Layers, axis: int) -> Layers:
-    return tuple([np.expand_dims(x, axis) for x in layers])
+def insert_dim(maps: LabelMaps, axis: int) -> LabelMaps:
+    return tuple([np.expand_dims(x, axis) for x in maps])
 
 
-def _layers(walk: Walk, t: Tensor) -> Layers:
-    labels = walk.labels(t)
-    return labels.layers if labels is not None else ()
-
-
-def add_bias(walk: Walk, func: Any, layers: Layers, shape: Sequence[int], bias: Tensor | None, axis: int) -> Layers:
-    """Join a 1-D parameter with the dim ``axis`` of an output."""
-    if bias is None:
-        return layers
+def join_vector(op: Operation, maps: LabelMaps, shape: Sequence[int], vector: Tensor | None, axis: int) -> LabelMaps:
+    """Join a 1-D parameter (a bias, a norm's weight) with the dim ``axis`` of an output."""
+    if vector is None:
+        return maps
     view = [1] * len(shape)
-    view[axis] = bias.shape[0]
-    mine = tuple([x.reshape(view) for x in _layers(walk, bias)])
-    if not mine and not layers:
-        return layers
-    return walk.graph.meet(layers, shape, mine, view, walk.place(func))
+    view[axis] = vector.shape[0]
+    mine = tuple([x.reshape(view) for x in op.walk.maps(vector)])
+    if not mine and not maps:
+        return maps
+    return op.walk.graph.join(maps, shape, mine, view, op.place)
 
 
 @rule("linear")
-def linear(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, w = args[0], args[1]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    if w.dim() != 2:
-        return unknown(walk, func, args, kwargs)
-    if x.shape[-1] != w.shape[1] or (bias is not None and bias.shape[0] != w.shape[0]):
-        return walk.run(func, args, kwargs)  # raises PyTorch's own error
-    out = shell((*x.shape[:-1], w.shape[0]), x)
+def linear(op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    walk = op.walk
+    if weight.dim() != 2:
+        return op.run_unknown()
+    if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape[0] != weight.shape[0]):
+        return op.run()  # raises PyTorch's own error
+    out = empty_output((*x.shape[:-1], weight.shape[0]), x)
     ndim = x.dim() + 1
-    sx, sw = (*x.shape[:-1], 1, x.shape[-1]), padded(w.shape, ndim)
-    left, summed = contract(walk, func, _insert(_layers(walk, x), -2), sx, aligned(_layers(walk, w), ndim), sw)
-    left = add_bias(walk, func, left, out.shape, bias, -1)
-    walk.attribute(w, "in_features", *[y for y in summed if varying(y) == (ndim - 1,)])
-    walk.attribute(w, "out_features", *[y for y in left if varying(y) == (out.dim() - 1,)])
-    walk.label(out, Labels(left, of_projection(walk, w, bias)))
+    sx, sw = (*x.shape[:-1], 1, x.shape[-1]), pad_shape(weight.shape, ndim)
+    left, summed = contract(op, insert_dim(walk.maps(x), -2), sx, align(walk.maps(weight), ndim), sw)
+    left = join_vector(op, left, out.shape, bias, -1)
+    walk.attribute(weight, "in_features", *[y for y in summed if varying(y) == (ndim - 1,)])
+    walk.attribute(weight, "out_features", *[y for y in left if varying(y) == (out.dim() - 1,)])
+    walk.label(out, Labels(left, targets_of_projection(walk, weight, bias)))
     return out
 
 
 @rule("mm", "bmm", "addmm", "baddbmm")
-def matrix_product(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    name = func.overloadpacket.__name__
-    bias = args[0] if name in ("addmm", "baddbmm") and kwargs.get("beta", 1) != 0 else None
-    a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
+def matrix_product(op: Operation, first: Tensor, beta: float = 1) -> Any:
+    walk = op.walk
+    a, b = op.args[-2:]
+    bias = first if len(op.args) == 3 and beta != 0 else None
     if a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
-        return walk.run(func, args, kwargs)  # raises PyTorch's own error
-    out = shell((*a.shape[:-1], b.shape[-1]), a)
-    la, lb = _insert(_layers(walk, a), -2), _insert(_layers(walk, b), -3)
-    lb = tuple([np.swapaxes(x, -1, -2) for x in lb])
+        return op.run()  # raises PyTorch's own error
+    out = empty_output((*a.shape[:-1], b.shape[-1]), a)
+    rows, cols = insert_dim(walk.maps(a), -2), insert_dim(walk.maps(b), -3)
+    cols = tuple([np.swapaxes(x, -1, -2) for x in cols])
     sa, sb = (*a.shape[:-1], 1, a.shape[-1]), (*b.shape[:-2], 1, b.shape[-1], b.shape[-2])
     weights = walk.name_of(a) is not None or walk.name_of(b) is not None
     if not weights:
         walk.attend(a, b)
-    left, _ = contract(walk, func, la, sa, lb, sb, attention=not weights)
+    left, _ = contract(op, rows, sa, cols, sb, attention=not weights)
     if bias is not None:
-        mine = aligned(_layers(walk, bias), out.dim())
+        mine = align(walk.maps(bias), out.dim())
         if mine or left:
-            left = walk.graph.meet(left, out.shape, mine, padded(bias.shape, out.dim()), walk.place(func))
+            left = walk.graph.join(left, out.shape, mine, pad_shape(bias.shape, out.dim()), op.place)
     walk.label(out, Labels(left))
     return out

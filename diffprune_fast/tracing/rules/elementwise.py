@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..constants import is_diagonal, spread
-from ..labels import Labels
-from ..scale_folding import of_elementwise
-from ..spelled_norms import Statistic, power_of, raised
-from .registry import aligned, dims_of, padded, rule, rule_of_first, shell, unknown
-
-if TYPE_CHECKING:
-    from ..walk import Walk
-
+from ..constants import is_diagonal, varying_shape
+from ..labels import LabelMap, Labels
+from ..notes import Statistic, note_on
+from ..scale_folding import targets_of_elementwise
+from ..spelled_norms import power_after, power_of
+from .registry import Operation, align, dims_of, each, empty_output, pad_shape, rule, rule_of_first
 
 _IDENTITY = (
     "alias contiguous clone detach detach_ dropout dropout_ to _to_copy lift_fresh requires_grad_ type_as positive"
@@ -39,52 +37,46 @@ _BINARY = """add add_ sub sub_ rsub mul mul_ div div_ true_divide pow pow_ where
 
 
 @rule(*_IDENTITY.split())
-def identity(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    out = walk.run(func, args, kwargs)
-    walk.label(out, walk.labels(args[0]))
-    if walk.name_of(args[0]) is not None:  # a parameter in another dtype is still that parameter
-        out._parameter_name = walk.name_of(args[0])
+def identity(op: Operation, x: Tensor) -> Any:
+    out = op.run()
+    op.walk.label(out, op.walk.labels(x))
+    if op.walk.name_of(x) is not None:  # a parameter in another dtype is still that parameter
+        note_on(out).parameter = op.walk.name_of(x)
     return out
 
 
 @rule(*_UNARY.split(), *_LINEAR.split())
-def unary(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x = args[0]
-    if any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):  # clamp between tensors, for one
-        return elementwise(walk, func, args, kwargs)
-    hot = func in (torch.ops.aten.silu.default, torch.ops.aten.gelu.default) and x.is_meta
-    out = shell(x.shape, x) if hot else walk.run(func, args, kwargs)
-    labels = walk.labels(x)
-    name = func.overloadpacket.__name__
-    linear = name in _LINEAR.split()
-    power = raised(walk, name, args)
-    for o in out if isinstance(out, (tuple, list)) else (out,):
+def unary(op: Operation, x: Tensor) -> Any:
+    if any(isinstance(a, Tensor) for a in (*op.args[1:], *op.kwargs.values())):  # clamp between tensors, for one
+        return elementwise(op, x)
+    hot = op.func in (torch.ops.aten.silu.default, torch.ops.aten.gelu.default) and x.is_meta
+    out = empty_output(x.shape, x) if hot else op.run()
+    labels = op.walk.labels(x)
+    linear = op.name in _LINEAR.split()
+    power = power_after(op.walk, op.name, op.args)
+    for o in each(out):
         if labels is not None and isinstance(o, Tensor) and o.shape == x.shape:
-            walk.label(o, Labels(labels.layers, labels.feeds if linear else None, power))
+            op.walk.label(o, Labels(labels.maps, labels.fold_targets if linear else None, power))
     return out
 
 
 @rule(*_BINARY.split())
-def elementwise(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+def elementwise(op: Operation, x: Tensor) -> Any:
+    walk, name = op.walk, op.name
+    tensors = [a for a in (*op.args, *op.kwargs.values()) if isinstance(a, Tensor)]
     first = tensors[0]
-    inplace = func._schema.is_mutable
-    name = func.overloadpacket.__name__
     plain = name in ("add", "sub", "mul", "div") and all(t.dtype == first.dtype for t in tensors)
     if plain and all(t.shape == first.shape for t in tensors) and any(t.is_meta for t in tensors):
-        out = shell(first.shape, first)
+        out = empty_output(first.shape, first)
     else:
-        out = walk.run(func, args, kwargs)
+        out = op.run()
     ndim = out.dim()
-    operands = []
-    for t in tensors:
-        labels = walk.labels(t)
-        mine = aligned(labels.layers, ndim) if labels is not None else ()
-        operands.append((mine, padded(spread(walk, t), ndim)))
-    layers = walk.graph.meet_all(operands, ndim, walk.place(func))
-    found = Labels(layers, of_elementwise(walk, name, args), raised(walk, name, args))
-    walk.label(args[0] if inplace else out, found)
-    return args[0] if inplace else out
+    operands = [(align(walk.maps(t), ndim), pad_shape(varying_shape(t), ndim)) for t in tensors]
+    maps = walk.graph.join_all(operands, ndim, op.place)
+    found = Labels(maps, targets_of_elementwise(walk, name, op.args), power_after(walk, name, op.args))
+    result = x if op.func._schema.is_mutable else out
+    walk.label(result, found)
+    return result
 
 
 _REDUCTIONS = """mean sum amax amin var std prod norm linalg_vector_norm logsumexp any all max min argmax argmin
@@ -92,38 +84,32 @@ _REDUCTIONS = """mean sum amax amin var std prod norm linalg_vector_norm logsume
 
 
 @rule_of_first(*_REDUCTIONS.split())
-def reduction(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
-    x = args[0]
-    if len(args) > 1 and isinstance(args[1], Tensor):  # max(a, b)
-        return elementwise(walk, func, args, kwargs)
-    named = [a.name for a in func._schema.arguments]
-    values = {**dict(zip(named, args)), **kwargs}
-    dims = dims_of(values.get("dim"), x.dim())
-    keepdim = bool(values.get("keepdim", False))
-    place = walk.place(func)
-    over = tuple([y for y in labels.layers if any(y.shape[d] > 1 for d in dims)])
-    if over and keepdim and func.overloadpacket.__name__ == "mean":
-        out._statistic = Statistic(*power_of(labels), over, f"reduces over channels in {place}")
-        walk.statistics += 1
-        kept = tuple([y for y in labels.layers if not any(y is z for z in over)])
+def reduction(
+    op: Operation, x: Tensor, labels: Labels, out: Any, dim: Any = None, keepdim: bool = False, other: Any = None
+) -> Any:
+    if other is not None:  # max(a, b)
+        return elementwise(op, x)
+    dims = dims_of(dim, x.dim())
+    over = tuple([y for y in labels.maps if any(y.shape[d] > 1 for d in dims)])
+    if over and keepdim and op.name == "mean":
+        note_on(out).statistic = Statistic(*power_of(labels), over, f"reduces over channels in {op.place}")
+        op.walk.statistics += 1
+        kept = tuple([y for y in labels.maps if not any(y is z for z in over)])
     else:
-        kept = walk.graph.reduce(labels.layers, dims, place, "reduces")
-    for o in out if isinstance(out, (tuple, list)) else (out,):
+        kept = op.walk.graph.reduce(labels.maps, dims, op.place, "reduces")
+    for o in each(out):
         if o.dim() == x.dim() - (0 if keepdim else len(dims)):
-            layers = kept if keepdim else tuple([y.squeeze(axis=tuple(dims)) for y in kept])
-            walk.label(o, Labels(tuple([y for y in layers if y.size > 1])))
+            maps = kept if keepdim else tuple([y.squeeze(axis=tuple(dims)) for y in kept])
+            op.walk.label(o, Labels(tuple([y for y in maps if y.size > 1])))
     return out
 
 
 @rule_of_first("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "logcumsumexp")
-def along_dim(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
+def along_dim(op: Operation, x: Tensor, labels: Labels, out: Any, dim: int = -1) -> Any:
     """The result at an element depends on the whole dim."""
-    x = args[0]
-    dim = (args[1] if len(args) > 1 and not isinstance(args[1], bool) else kwargs.get("dim", -1)) % x.dim()
-    name = func.overloadpacket.__name__
-    kept = walk.graph.reduce(labels.layers, [dim], walk.place(func), f"is mixed by {name}")
-    for o in out if isinstance(out, (tuple, list)) else (out,):
-        walk.label(o, Labels(kept))
+    kept = op.walk.graph.reduce(labels.maps, [dim % x.dim()], op.place, f"is mixed by {op.name}")
+    for o in each(out):
+        op.walk.label(o, Labels(kept))
     return out
 
 
@@ -136,48 +122,46 @@ _SPATIAL = """upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample
 
 
 @rule_of_first(*_SPATIAL.split())
-def spatial(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
+def spatial(op: Operation, x: Tensor, labels: Labels, out: Any, pad: Sequence[int] | None = None) -> Any:
     """Channels pass; a labelled dim that the op resizes stays whole."""
-    x = args[0]
-    name = func.overloadpacket.__name__
-    if name in ("pad", "constant_pad_nd"):
-        touched = [x.dim() - 1 - i for i in range(len(args[1]) // 2) if any(args[1][2 * i : 2 * i + 2])]
+    if pad is not None:
+        resized = [x.dim() - 1 - i for i in range(len(pad) // 2) if any(pad[2 * i : 2 * i + 2])]
     else:
-        touched = [1] if x.dim() == 2 else list(range(2 if x.dim() > 3 or "1d" in name else 1, x.dim()))
-    for o in out if isinstance(out, (tuple, list)) else (out,):
-        kept = tuple([y for y in labels.layers if not any(y.shape[d] > 1 for d in touched)])
-        for y in labels.layers:
-            if not any(y is k for k in kept):
-                walk.graph.freeze(y, f"is resized in {walk.place(func)}")
-        walk.label(o, Labels(kept))
+        resized = [1] if x.dim() == 2 else list(range(2 if x.dim() > 3 or "1d" in op.name else 1, x.dim()))
+    for o in each(out):
+        kept: list[LabelMap] = []
+        for label_map in labels.maps:
+            if any(label_map.shape[d] > 1 for d in resized):
+                op.walk.graph.freeze(label_map, f"is resized in {op.place}")
+            else:
+                kept.append(label_map)
+        op.walk.label(o, Labels(tuple(kept)))
     return out
 
 
 @rule_of_first("embedding")
-def embedding(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, labels: Labels) -> Any:
-    weight = args[0]
+def embedding(op: Operation, weight: Tensor, labels: Labels, out: Any) -> Any:
     kept = []
-    for layer in labels.layers:
-        if layer.shape[0] > 1:
-            walk.graph.freeze(layer, f"is a vocabulary of {walk.place(func)}")
+    for label_map in labels.maps:
+        if label_map.shape[0] > 1:
+            op.walk.graph.freeze(label_map, f"is a vocabulary of {op.place}")
         else:
-            kept.append(layer.reshape((1,) * (out.dim() - 1) + (-1,)))
-            walk.attribute(weight, "embedding_dim", kept[-1])
-    walk.label(out, Labels(tuple(kept)))
+            kept.append(label_map.reshape((1,) * (out.dim() - 1) + (-1,)))
+            op.walk.attribute(weight, "embedding_dim", kept[-1])
+    op.walk.label(out, Labels(tuple(kept)))
     return out
 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "full", "scalar_tensor")
-def made(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def make_constant(op: Operation, like: Any) -> Any:
     """Of an operand only dtype and device count."""
-    return walk.run(func, args, kwargs)
+    return op.run()
 
 
 @rule("index_put_")
-def index_put(walk: Walk, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not is_diagonal(args[0]):
-        return unknown(walk, func, args, kwargs)
-    labels = walk.labels(args[2])
-    for layer in labels.layers if labels is not None else ():
-        walk.graph.freeze(layer, f"is a kernel position of {walk.place(func)}")
-    return walk.run(func, args, kwargs)
+def index_put(op: Operation, x: Tensor, values: Tensor) -> Any:
+    if not is_diagonal(x):
+        return op.run_unknown()
+    for label_map in op.walk.maps(values):
+        op.walk.graph.freeze(label_map, f"is a kernel position of {op.place}")
+    return op.run()

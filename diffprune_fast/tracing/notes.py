@@ -1,0 +1,61 @@
+"""What a walk hangs on the tensors of a forward: one note under one attribute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .labels import LabelMaps, Labels
+
+
+@dataclass
+class Content:
+    """What is in a tensor: "zero" and "uniform" everywhere the same, "ids" 0, 1, 2, ..., "written" anything.
+
+    diagonal: the tensor of zeros whose diagonal, and nothing else, was written.
+    """
+
+    kind: str
+    diagonal: int | None = None
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A mean over channels: it goes with ``source`` to the power ``degree``. maps: the channels that it is over."""
+
+    source: Labels
+    degree: float
+    maps: LabelMaps
+    reason: str
+
+
+@dataclass(slots=True)
+class TensorNote:
+    """What is known of a tensor.
+
+    labels: which channel each element belongs to. parameter: the name of the parameter or buffer that it stands for.
+    content: what is in it, if the forward made it of numbers alone. statistic: the mean over channels that it holds.
+    """
+
+    labels: Labels | None = None
+    parameter: str | None = None
+    content: Content | None = None
+    statistic: Statistic | None = None
+
+
+_NOTHING = TensorNote()
+
+
+def read_note(t: Any) -> TensorNote:
+    """A tensor's note, or an empty one, which is not to be written to."""
+    return getattr(t, "_walk_note", _NOTHING)
+
+
+def note_on(t: Tensor) -> TensorNote:
+    """A tensor's note, to write to."""
+    note: TensorNote | None = getattr(t, "_walk_note", None)
+    if note is None:
+        note = t._walk_note = TensorNote()  # type: ignore[attr-defined]
+    return note
