@@ -79,6 +79,10 @@ def prune(
     params: Annotated[Optional[float], typer.Option(help="Parameters to keep: a share or a number.")] = None,  # noqa: UP045
     macs: Annotated[Optional[float], typer.Option(help="MACs to keep: a share or a number.")] = None,  # noqa: UP045
     ranking: Annotated[Optional[str], typer.Option(help="local or global. Default: local for a ratio.")] = None,  # noqa: UP045
+    allocation: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of a global ranking: gauss-newton or mean. Default: the first, where there are images."),
+    ] = None,
     estimator: Annotated[str, typer.Option(help="micro, mean, reference or reference-quad.")] = "micro",
     criterion: Annotated[str, typer.Option(help="diff-pruning, taylor, fisher, magnitude or random.")] = "diff-pruning",
     units: Annotated[str, typer.Option(help="Of attentions: dims, heads, or auto.")] = "auto",
@@ -116,6 +120,7 @@ def prune(
             params=params,
             macs=macs,
             ranking=ranking,
+            allocation=allocation,
             estimator=estimator,
             criterion=criterion,
             units=units,

@@ -92,8 +92,8 @@ def score(
     micro_batch, min_samples, max_samples: in samples; min_samples is 512 if not given, or max_samples where that is
     less; at least 16 micro-batches are taken if max_samples allows. agreement: stop when the keep-sets (at
     agreement_ratio) of the two halves agree this much twice running. autocast: None or "bf16".
-    damage: with a loader, also estimate what the output loses with each unit, which ``select`` allocates by: 512 samples
-    more, or max_samples where that is less, at all timesteps, whatever the criterion and the estimator.
+    damage: with a loader, also estimate what the output loses with each unit, for ``select``: 512 samples more, or
+    max_samples where that is less, at all timesteps, whatever the criterion and the estimator.
 
     In torch.distributed the ranks share the micro-batches of "micro" and end with the same scores as one process,
     provided that every rank's loader yields the same batches; other estimators run in full on every rank.
