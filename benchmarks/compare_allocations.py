@@ -2,9 +2,9 @@
 
     python benchmarks/compare_allocations.py --out benchmarks/results/allocations-digits.json
 
-First every cluster of groups is pruned alone, by a third and by two thirds, and the mean squared change of the output on
-128 training images compared with what scores predicted: Spearman's rank correlation. Then the loss straight after pruning
-by each allocation, at several shares of MACs: no compensation, no finetuning.
+First every cluster of groups is pruned alone, by a third and by two thirds, and the mean squared change of the output
+on 128 training images compared with what scores predicted: Spearman's rank correlation. Then the loss straight after
+pruning by each allocation, at several shares of MACs: no compensation, no finetuning.
 """
 
 from __future__ import annotations
