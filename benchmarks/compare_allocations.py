@@ -10,7 +10,7 @@ pruning by each allocation, at several shares of MACs: no compensation, no finet
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,14 +19,16 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from diffprune_fast import Plan, prune, score, select, trace
+from diffprune_fast.choices import Allocation
 from diffprune_fast.evaluation import diffusion_loss
+from diffprune_fast.plan.lattice import lattice, rank_units
 from diffprune_fast.scoring import Scores
-from diffprune_fast.selection.allocation import ALLOCATIONS, coherent_curves
-from diffprune_fast.selection.constraints import lattice
-from diffprune_fast.selection.ranking import normalised, rank_units
+from diffprune_fast.selection.allocation import coherent_curves
+from diffprune_fast.selection.ranking import normalised
 from diffprune_fast.selection.search import nearest
 
 BUDGETS = (0.7, 0.5)
+ALLOCATIONS = get_args(Allocation)
 SCORES = ("gauss-newton, coherent", "gauss-newton, added", "micro", "micro / group mean")
 
 

@@ -1,4 +1,4 @@
-"""What ranking and rows are worth on the digits model: the loss straight after pruning, at several shares of MACs.
+"""What ranking and offsets are worth on the digits model: the loss straight after pruning, at several shares of MACs.
 
     python benchmarks/compare_rankings.py --out benchmarks/results/rankings-digits.json
 
@@ -18,14 +18,14 @@ import torch
 from measured import comparison_arguments, digits_model, provenance, write_comparison
 
 from diffprune_fast import prune, score, select, trace
-from diffprune_fast.evaluation import diffusion_loss
+from diffprune_fast.evaluation.loss import diffusion_loss
 
 BUDGETS = (0.6, 0.5, 0.4)
 WAYS = tuple(itertools.product(("local", "global"), ("same", "independent"), ("count", "exact")))
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["ranking rows        norms  " + "".join(f"{f'macs={b}':>16}" for b in BUDGETS)]
+    lines = ["ranking offsets     norms  " + "".join(f"{f'macs={b}':>16}" for b in BUDGETS)]
     for way in WAYS:
         cells = []
         for budget in BUDGETS:
@@ -46,9 +46,9 @@ def main() -> None:
         loader = torch.utils.data.DataLoader(train.images, batch_size=128, shuffle=True, drop_last=True)
         scores = score(model, loader, plan, scheduler=scheduler, seed=seed, max_samples=512, progress=False)
         for budget, way in itertools.product(BUDGETS, WAYS):
-            ranking, rows_of, norm_groups = way
+            ranking, offsets, norm_groups = way
             allocation = "mean" if ranking == "global" else None
-            options = {"ranking": ranking, "allocation": allocation, "rows": rows_of, "norm_groups": norm_groups}
+            options = {"ranking": ranking, "allocation": allocation, "offsets": offsets, "norm_groups": norm_groups}
             chosen = select(plan, scores, macs=budget, **options)
             result = prune(model, plan, chosen.keep, norm_groups=norm_groups, inplace=False)
             loss = diffusion_loss(result.model, held_out.images, scheduler, passes=2)

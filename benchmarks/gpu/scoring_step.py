@@ -18,9 +18,9 @@ from gpu_timing import Step, reason, spread
 from torch import nn
 
 import diffprune_fast
-from diffprune_fast.ops import channel_scores_
-from diffprune_fast.scoring import make_objective
-from diffprune_fast.scoring.accumulate import MicroScores, Work
+from diffprune_fast.objective import make_objective
+from diffprune_fast.ops.channel_scores import channel_scores_
+from diffprune_fast.scoring.estimators import MicroScores, Work
 from diffprune_fast.scoring.tables import unit_table
 
 BATCH = 32
@@ -44,7 +44,16 @@ class ScoringStep:
         if compiled:
             model.compile(backend=compiled)  # in place: its signature and its config are still there to be read
         autocast = torch.bfloat16 if name == "bf16" else None
-        self.work = Work(model, plan, objective, None, self.parameters, step.device, 0, autocast)  # type: ignore[arg-type]
+        self.work = Work(
+            model=model,
+            plan=plan,
+            objective=objective,
+            batches=None,  # type: ignore[arg-type]
+            parameters=self.parameters,
+            device=step.device,
+            seed=0,
+            autocast=autocast,
+        )
         self.collector = MicroScores(self.work, units, "abs")
         thetas = {n: p.detach() for n, p in self.parameters.items()}
         self.thetas = [thetas[n] for n in units.names]

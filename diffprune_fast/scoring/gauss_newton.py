@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..tracing.plan import Member, Plan
-from .accumulate import GradientHooks, Work, add_scores, rank_and_count, summed_over_ranks
-from .batches import count
-from .conditioning import tensors_in
+from ..objective.batches import count
+from ..objective.nested import tensors_in
+from ..objective.randomness import generator_for
+from ..objective.ranks import rank_and_count, summed_over_ranks
+from ..plan.plan import Member, Plan
+from .estimators import GradientHooks, Work, add_scores
 from .tables import UnitTable, unit_table
-from .untouched import generator_for
 
-# The probes' place in the seed's tree; accumulate.NOISE, TIMESTEPS and CURVE are the others.
+# The probes' place in the seed's tree; the others are in objective.randomness and score.
 PROBES = 4
 BUCKET_BYTES = 32 << 20
 # A micro-batch gives one draw, however many samples are in it: small ones say more for the same work. With 512 samples

@@ -11,17 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, get_args
 
 import numpy as np
 
-from ..tracing.plan import Plan
-from .constraints import Lattice
-from .ranking import Ranking
+from ..plan.lattice import Lattice, Ranking
+from ..plan.plan import Plan
 from .search import Unreachable
-
-Allocation = Literal["gauss-newton", "mean"]
-ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 
 Curves = Sequence[np.ndarray]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import diffprune_fast
-from diffprune_fast.scoring import make_objective
-from diffprune_fast.scoring.accumulate import MicroScores, Work
-from diffprune_fast.scoring.batches import Batches
+from diffprune_fast.objective import make_objective
+from diffprune_fast.objective.batches import Batches
+from diffprune_fast.scoring.estimators import MicroScores, Work
 from diffprune_fast.scoring.tables import unit_table
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -68,8 +68,15 @@ def test_a_scoring_step_never_waits_and_can_be_captured(unet: torch.nn.Module, d
     plan = diffprune_fast.trace(unet)
     unet = unet.to(device).eval()
     objective = make_objective(unet).on(device)
-    work = Work(unet, plan, objective, Batches([torch.rand(8, 3, 16, 16) * 2 - 1], lambda _: None),
-                dict(unet.named_parameters()), device, 0)  # fmt: skip
+    work = Work(
+        model=unet,
+        plan=plan,
+        objective=objective,
+        batches=Batches([torch.rand(8, 3, 16, 16) * 2 - 1], lambda _: None),
+        parameters=dict(unet.named_parameters()),
+        device=device,
+        seed=0,
+    )
     collector = MicroScores(work, unit_table(plan), "abs")
     batch, t, noise = work.draw(0, 8, np.arange(1000))
     stream = torch.cuda.Stream()

@@ -12,14 +12,16 @@ import torch.multiprocessing as mp
 from scoring_models import by_hand, gradients, images, tiny, tiny_plan, weights
 from torch import Tensor, nn
 
-from diffprune_fast.scoring import make_objective, score
-from diffprune_fast.scoring.accumulate import NOISE, TIMESTEPS, Work
-from diffprune_fast.scoring.batches import Batches
+from diffprune_fast.objective import make_objective
+from diffprune_fast.objective.batches import Batches
+from diffprune_fast.objective.isolation import stand_ins
+from diffprune_fast.objective.randomness import NOISE, TIMESTEPS, generator_for, stratified
+from diffprune_fast.plan import Member
+from diffprune_fast.scoring import score
+from diffprune_fast.scoring.estimators import Work
 from diffprune_fast.scoring.gauss_newton import PROBES, Damage, consumer_members
 from diffprune_fast.scoring.tables import unit_table
-from diffprune_fast.scoring.timesteps import stratified
-from diffprune_fast.scoring.untouched import generator_for, stand_ins
-from diffprune_fast.tracing import Member, trace
+from diffprune_fast.tracing import trace
 
 torch.set_num_threads(1)
 
@@ -102,7 +104,16 @@ def gradients_kept(model: nn.Module, y: Tensor) -> dict[str, Tensor]:
 def make_work(model: nn.Module, parameters: Any, loss_fn: Any = None) -> Work:
     objective = make_objective(model, loss_fn=loss_fn)
     batches = Batches([images(8)], lambda batch: None)
-    return Work(model, tiny_plan(model), objective, batches, parameters, torch.device("cpu"), SEED, progress=False)
+    return Work(
+        model=model,
+        plan=tiny_plan(model),
+        objective=objective,
+        batches=batches,
+        parameters=parameters,
+        device=torch.device("cpu"),
+        seed=SEED,
+        progress=False,
+    )
 
 
 def test_a_layer_that_reads_last_has_the_damage_of_its_removal() -> None:

@@ -11,8 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_plans import chain, random_plan
 
+from diffprune_fast.plan import Constraint, Cost, Extents, Group, Member, Plan, violations
+from diffprune_fast.plan.lattice import lattice, rank_units
 from diffprune_fast.scoring import Scores
-from diffprune_fast.selection import BudgetError, select, violations
+from diffprune_fast.selection import BudgetError, select
 from diffprune_fast.selection.allocation import (
     EMBEDDING_DISCOUNT,
     Resource,
@@ -20,10 +22,7 @@ from diffprune_fast.selection.allocation import (
     coherent_curves,
     discounted,
 )
-from diffprune_fast.selection.constraints import lattice
-from diffprune_fast.selection.ranking import rank_units
 from diffprune_fast.selection.search import Unreachable
-from diffprune_fast.tracing import Constraint, Cost, Extents, Group, Member, Plan
 
 seeds = st.integers(0, 10**6)
 quick = settings(max_examples=60, deadline=None)

@@ -1,0 +1,77 @@
+"""A loss that can be drawn from: fresh images, noise and timesteps for every micro-batch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import Batches, count
+from .loss import Objective
+from .nested import moved
+from .randomness import NOISE, TIMESTEPS, generator_for, stratified
+
+
+@dataclass(kw_only=True)
+class LossRun:
+    """A model, its training loss, and where its images come from.
+
+    device: the model's. seed: of noise and timesteps. autocast: the forward's dtype, None for the weights'. progress:
+    whether bars are shown.
+    """
+
+    model: nn.Module
+    objective: Objective
+    batches: Batches
+    device: torch.device
+    seed: int
+    autocast: torch.dtype | None = None
+    progress: bool = True
+    _failed: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._failed = torch.zeros(self.objective.n_timesteps, dtype=torch.int32, device=self.device)
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """What is summed in: double precision where the device has it."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def precision(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def losses(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
+        """``(batch,)`` losses, or a scalar where a ``loss_fn`` has no more. The host doesn't wait for the device.
+
+        A NaN or infinite one is remembered until :meth:`check_losses`. Raises ValueError where nothing can be
+        differentiated.
+        """
+        with self.precision():
+            losses = self.objective.loss(self.model, batch, t, noise, reduction="none")
+        if torch.is_grad_enabled() and not losses.requires_grad:
+            raise ValueError("the loss doesn't depend on the model's parameters: there is no gradient to score with")
+        bad = ~torch.isfinite(losses.detach())
+        self._failed.index_add_(0, t, (bad if bad.shape == t.shape else bad.any().expand(len(t))).int())
+        return losses
+
+    def mean_loss(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
+        return self.losses(batch, t, noise).mean()
+
+    def check_losses(self) -> None:
+        """Raise FloatingPointError, naming the timesteps, if a loss since the start was NaN or infinite."""
+        steps = self._failed.nonzero().flatten().tolist()
+        if steps:
+            raise FloatingPointError(f"NaN or infinite loss at timesteps {steps[:8]}")
+
+    def draw(self, k: int, size: int, allowed: np.ndarray) -> tuple[Any, Tensor, Tensor]:
+        """Micro-batch ``k``: images, timesteps and noise, the same on any number of ranks."""
+        batch = moved(self.batches.take(size), self.device)
+        noise = self.objective.noise(batch, generator_for(self.seed, NOISE, k))
+        t = stratified(allowed, count(batch), generator_for(self.seed, TIMESTEPS, k))
+        return batch, t.to(self.device, non_blocking=True), noise
