@@ -1,9 +1,10 @@
-"""What ranking and blocks are worth on the digits model: the loss straight after pruning, at several shares of MACs.
+"""What ranking and offsets are worth on the digits model: the loss straight after pruning, at several shares of MACs.
 
     python benchmarks/compare_rankings.py --out benchmarks/results/rankings-digits.json
 
 One scoring per seed ("micro", 512 samples); every selection is taken from those scores and pruned in a copy. No
-finetuning: what it repairs is another question.
+finetuning: what it repairs is another question. Global rankings are shared by scores divided by their group's mean;
+for the other allocation see compare_allocations.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WAYS = tuple(itertools.product(("local", "global"), ("same", "independent"), ("c
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["ranking blocks      norms  " + "".join(f"{f'macs={b}':>16}" for b in BUDGETS)]
+    lines = ["ranking offsets     norms  " + "".join(f"{f'macs={b}':>16}" for b in BUDGETS)]
     for way in WAYS:
         cells = []
         for budget in BUDGETS:
@@ -45,8 +46,10 @@ def main() -> None:
         loader = torch.utils.data.DataLoader(train.images, batch_size=128, shuffle=True, drop_last=True)
         scores = score(model, loader, plan, scheduler=scheduler, seed=seed, max_samples=512, progress=False)
         for budget, way in itertools.product(BUDGETS, WAYS):
-            ranking, blocks, norm_groups = way
-            chosen = select(plan, scores, macs=budget, ranking=ranking, blocks=blocks, norm_groups=norm_groups)
+            ranking, offsets, norm_groups = way
+            allocation = "mean" if ranking == "global" else None
+            options = {"ranking": ranking, "allocation": allocation, "offsets": offsets, "norm_groups": norm_groups}
+            chosen = select(plan, scores, macs=budget, **options)
             result = prune(model, plan, chosen.keep, norm_groups=norm_groups, inplace=False)
             loss = diffusion_loss(result.model, held_out.images, scheduler, passes=2)
             rows.append({"seed": seed, "macs": budget, "way": list(way), "loss": loss, "params": result.after.params})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .choices import CriterionName, Estimator, NormGroups, RankingName, Rounding, Units
+from .choices import Allocation, CriterionName, Estimator, NormGroups, RankingName, Rounding, Units
 
 if TYPE_CHECKING:
     from .plan.plan import Plan
@@ -81,6 +81,10 @@ def prune(
     params: Annotated[Optional[float], typer.Option(help="Parameters to keep: a share or a number.")] = None,  # noqa: UP045
     macs: Annotated[Optional[float], typer.Option(help="MACs to keep: a share or a number.")] = None,  # noqa: UP045
     ranking: Annotated[Optional[RankingName], typer.Option(help="Default: local for a ratio.")] = None,  # noqa: UP045
+    allocation: Annotated[
+        Optional[Allocation],  # noqa: UP045
+        typer.Option(help="Of a global ranking. Default: gauss-newton where there are images."),
+    ] = None,
     estimator: Annotated[Estimator, typer.Option(help="How the sum is estimated.")] = "micro",
     criterion: Annotated[CriterionName, typer.Option(help="What a score is.")] = "diff-pruning",
     units: Annotated[Units, typer.Option(help="What can go of attentions.")] = "auto",
@@ -118,6 +122,7 @@ def prune(
             params=params,
             macs=macs,
             ranking=ranking,
+            allocation=allocation,
             estimator=estimator,
             criterion=criterion,
             units=units,

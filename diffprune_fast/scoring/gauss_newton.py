@@ -25,7 +25,7 @@ from ..plan.plan import Member, Plan
 from .estimators import GradientHooks, Work, add_scores
 from .tables import UnitTable, unit_table
 
-# The probes' place in the seed's tree; accumulate.NOISE, TIMESTEPS and CURVE are the others.
+# The probes' place in the seed's tree; the others are in objective.randomness and score.
 PROBES = 4
 BUCKET_BYTES = 32 << 20
 # A micro-batch gives one draw, however many samples are in it: small ones say more for the same work. With 512 samples

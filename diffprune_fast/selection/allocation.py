@@ -23,6 +23,9 @@ Curves = Sequence[np.ndarray]
 # A cluster whose weights are used so often in one sample's forward, or less, works on the time embedding (or another
 # vector per sample); the next ones are used at every position.
 USES_OF_AN_EMBEDDING = 2.0
+# Digits, a third to two thirds of the time embedding gone: the curve says 1,400 to 8,300 times what is left once the
+# consumers are solved anew. Of the other clusters it says some 12 times the sliced change, which solving makes 2 to 50
+# times smaller: about 15 to 80 times less of an overestimate. The sixteenth errs towards keeping.
 EMBEDDING_DISCOUNT = 1 / 16
 
 

@@ -97,7 +97,7 @@ def test_timesteps_are_drawn_where_the_curve_is_above_the_threshold() -> None:
             asked.extend(t.tolist())
         return (model(batch, t) ** 2).flatten(1).mean(1) * 0 + falling(t) + 0 * model(batch, t).sum()
 
-    found = scored(loss_fn=loss_fn, threshold=0.25, max_samples=80, min_samples=80)
+    found = scored(loss_fn=loss_fn, threshold=0.25, max_samples=80, min_samples=80, damage=False)
     assert found.curve is not None
     assert len(found.curve.timesteps) == 20
     assert found.curve.threshold == 0.25

@@ -90,7 +90,7 @@ def test_no_single_step_more_would_fit_the_budget(seed, share):
 
 @quick
 @given(seed=seeds, share=st.floats(0.1, 0.9))
-def test_same_rows_keep_the_same_offsets(seed, share):
+def test_same_blocks_keep_the_same_offsets(seed, share):
     norm = Constraint("norm", "n", np.arange(64).reshape(8, 8))
     plan = chain([64, 24], [norm])
     keep = select(plan, scores_for(plan, seed), ratio=share, round_to=1, offsets="same").keep["layer0"]
@@ -98,7 +98,7 @@ def test_same_rows_keep_the_same_offsets(seed, share):
     assert all(o == offsets[0] for o in offsets)
 
 
-def test_independent_rows_choose_their_own():
+def test_independent_blocks_choose_their_own():
     plan = chain([8], [Constraint("norm", "n", np.arange(8).reshape(2, 4))])
     scores = np.array([9.0, 8, 1, 1, 1, 1, 8, 9])
     own = select(plan, scores, ratio=0.5, round_to=1, offsets="independent")
