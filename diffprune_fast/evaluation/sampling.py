@@ -35,13 +35,14 @@ def sample(
     steps: int = 50,
     labels: Tensor | None = None,
     batch_size: int = 128,
+    clamp: float | None = 1.0,
     **conditioning: Any,
 ) -> Tensor:
     """Images that ``model`` makes of ``noise``: the same noise gives the same images, on the noise's device.
 
     noise: ``(n, channels, height, width)``, standard normal. labels: ``(n,)`` class labels, or None. conditioning:
     further keyword arguments of the model's forward; tensors of ``n`` rows are split with the noise.
-    Returns ``(n, channels, height, width)`` in the noise's dtype, clamped to [-1, 1].
+    Returns ``(n, channels, height, width)`` in the noise's dtype, clamped to [-1, 1], or [-clamp, clamp]; None doesn't.
 
     Sampling is DDIM with eta 0 (Song et al., 2021, arXiv 2010.02502); schedulers without ``alphas_cumprod`` (flow
     matching) take their own steps. Raises ValueError when ``steps`` or ``batch_size`` is below 1, and
@@ -60,7 +61,7 @@ def sample(
     images = torch.cat(parts)
     if not torch.isfinite(images).all():
         raise FloatingPointError(f"{type(model).__name__} made NaN or infinite images: its weights are not usable")
-    return images.clamp(-1, 1)
+    return images if clamp is None else images.clamp(-clamp, clamp)
 
 
 def _per_image(value: Any, n: int) -> bool:
@@ -72,5 +73,7 @@ def _denoise(model: nn.Module, scheduler: Any, noise: Tensor, conditioning: dict
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         predicted = first_tensor(model(scaled, t.to(x.device).expand(len(x)), **conditioning))
+        if predicted.shape[1] == 2 * x.shape[1]:
+            predicted = predicted.chunk(2, dim=1)[0]  # the second half is a learned variance
         x = scheduler.step(predicted, t, x).prev_sample
     return x
