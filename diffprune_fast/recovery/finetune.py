@@ -32,8 +32,8 @@ class Finetuned:
     seconds: float
 
 
-# Adam's largest rate. Towards the noise: the authors'. Towards a teacher: a small DiT at half its MACs, compensated, ended
-# 200 steps at 5e-4 with a held-out loss of .0757, at 1e-3 with .0765 (before: .0775).
+# Adam's largest rate. Towards the noise: the authors'. Towards a teacher: a small DiT at half its MACs, compensated,
+# ended 200 steps at 5e-4 with a held-out loss of .0757, at 1e-3 with .0765 (before: .0775).
 LEARNING_RATE, LEARNING_RATE_WITH_TEACHER = 2e-4, 5e-4
 
 
