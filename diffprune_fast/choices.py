@@ -21,7 +21,6 @@ RankingName = Literal["local", "global"]
 Allocation = Literal["gauss-newton", "mean"]
 Rounding = Literal["reference"]
 Offsets = Literal["independent", "same"]
-Allocation = Literal["gauss-newton", "mean"]
 # Depth: how a block's worth is found, see `score_blocks`.
 BlockMethod = Literal["first-order", "loss"]
 # Compensation: what the layers are solved for, see `compensate`.

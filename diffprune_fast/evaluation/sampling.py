@@ -35,6 +35,7 @@ def sample(
     steps: int = 50,
     labels: Tensor | None = None,
     batch_size: int = 128,
+    clamp: float | None = 1.0,
     **conditioning: Any,
 ) -> Tensor:
     """Images that ``model`` makes of ``noise``: the same noise gives the same images, on the noise's device.
@@ -47,10 +48,11 @@ def sample(
         steps: calls of the model for each image.
         labels: ``(n,)`` class labels, or None.
         batch_size: images of one forward.
+        clamp: the images' largest absolute value; None doesn't clamp.
         conditioning: further keyword arguments of the model's forward; tensors of ``n`` rows are split with the noise.
 
     Returns:
-        ``(n, channels, height, width)`` in the noise's dtype, clamped to [-1, 1].
+        ``(n, channels, height, width)`` in the noise's dtype, clamped to [-1, 1], or [-clamp, clamp].
 
     Raises:
         ValueError: ``steps`` or ``batch_size`` is below 1. FloatingPointError: the images are not finite.
@@ -77,7 +79,7 @@ def sample(
     images = torch.cat(parts)
     if not torch.isfinite(images).all():
         raise FloatingPointError(f"{type(model).__name__} made NaN or infinite images: its weights are not usable")
-    return images.clamp(-1, 1)
+    return images if clamp is None else images.clamp(-clamp, clamp)
 
 
 def _per_image(value: Any, n: int) -> bool:
@@ -89,5 +91,7 @@ def _denoise(model: nn.Module, scheduler: Any, noise: Tensor, conditioning: dict
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         predicted = first_tensor(model(scaled, t.to(x.device).expand(len(x)), **conditioning))
+        if predicted.shape[1] == 2 * x.shape[1]:
+            predicted = predicted.chunk(2, dim=1)[0]  # the second half is a learned variance
         x = scheduler.step(predicted, t, x).prev_sample
     return x

@@ -227,17 +227,24 @@ def _flow(model_class: str, config: Mapping[str, Any]) -> Objective:
 
 
 def _reconstruction_error(model: nn.Module, images: Tensor) -> Tensor:
+    reconstruction, beside = reconstructed(model, images)
+    error = (reconstruction - images.to(reconstruction.dtype)).square()
+    return error if beside is None else error + beside.to(error.dtype).view(-1, *[1] * (error.ndim - 1))
+
+
+def reconstructed(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What an autoencoder makes of ``images``, in at least single precision; and per image what its loss adds to the
+    squared error, or None."""
     dtype = dtype_of(model)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     encoded = model.encode(images.to(dtype))  # type: ignore[operator]
     decoded = model.decode(latents_of(encoded))  # type: ignore[operator]
-    error = (first_tensor(decoded).to(wide) - images.to(wide)).square()
+    reconstruction = first_tensor(decoded).to(torch.float64 if dtype == torch.float64 else torch.float32)
     posterior = getattr(encoded, "latent_dist", None)
     beside: Tensor | None = getattr(decoded, "commit_loss", None)
     if posterior is not None:
         # Both losses are sums over an image there, and the mean over the image's elements here.
-        beside = KL_WEIGHT * posterior.kl() / error[0].numel()
-    return error if beside is None else error + beside.to(wide).view(-1, *[1] * (error.ndim - 1))
+        beside = KL_WEIGHT * posterior.kl() / reconstruction[0].numel()
+    return reconstruction, beside
 
 
 def latents_of(encoded: Any, generator: torch.Generator | None = None) -> Tensor:
