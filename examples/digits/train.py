@@ -2,7 +2,7 @@
 
     python examples/digits/train.py                      # an hour on two CPU cores
     python examples/digits/train.py --steps 200 --out /tmp/model
-    python examples/digits/train.py --from examples/digits/model --lr 3e-4 --minutes 20 --out /tmp/model --work /tmp/runs
+    python examples/digits/train.py --from examples/digits/model --lr 3e-4 --minutes 20 --out new --work new/runs
 
 Writes the averaged (EMA) weights in half precision, ``config.json`` and ``scheduler_config.json`` to ``--out``, so that
 ``UNet2DModel.from_pretrained(out)`` loads them. Stopped half-way, the next call goes on from the last checkpoint in

@@ -136,10 +136,16 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def digits_model() -> UNet2DModel:
+    """The demo's model: 2.5M parameters."""
+    return UNet2DModel.from_config(UNet2DModel.load_config(HERE.parent / "digits" / "model"))
+
+
 MODELS = HERE / "models"
 SUBJECTS = {
     s.name: s
     for s in (
+        Subject("digits", digits_model, digits, shifted, no_condition, HERE.parent / "digits" / "model", batch=64),
         Subject("photos", photos_model, photo_patches, flipped, no_condition, MODELS / "photos", passes=1),
         Subject("dit", dit_model, digits, shifted, class_labels, MODELS / "dit", batch=48),
         Subject("crossattn", crossattn_model, digits, shifted, class_tokens, MODELS / "crossattn"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
-from models import SUBJECTS, Loader, Subject, parameters
+from models import SUBJECTS, Subject, parameters
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,7 +31,8 @@ def train(subject: Subject, args: argparse.Namespace) -> None:
     images, held_out = subject.data()
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
     model = subject.new()
-    print(f"{subject.name}: {parameters(model):,} parameters, {len(images)} images, {len(held_out)} held out", flush=True)
+    sizes = f"{parameters(model):,} parameters, {len(images)} images, {len(held_out)} held out"
+    print(f"{subject.name}: {sizes}", flush=True)
 
     def draw(batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = torch.randint(0, len(images), (batch,))
@@ -47,7 +48,7 @@ def train(subject: Subject, args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.set_defaults(steps=100_000, minutes=12.0, batch=None)
-    parser.add_argument("name", choices=SUBJECTS)
+    parser.add_argument("name", choices=[name for name in SUBJECTS if name != "digits"])
     parser.add_argument("--out", type=Path, help="where the model goes (default: the study's own)")
     parser.add_argument("--work", type=Path, help="where the checkpoint goes (default: beside it, in runs/<name>)")
     options = parser.parse_args()
