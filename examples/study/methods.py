@@ -19,6 +19,7 @@ from torch import nn
 
 from diffprune_fast import PruneResult, Scores, prune, score, select, trace
 from diffprune_fast.recovery import finetune
+from diffprune_fast.slicing import dry_run
 
 # "micro" is Diff-Pruning as this library estimates it, "reference" as the method's published loop does.
 CRITERIA: Mapping[str, Mapping[str, str]] = {
@@ -82,7 +83,9 @@ class Pruner:
         """The sliced model, its weights solved for what was removed."""
         compensate = _library("compensation", "compensate")
         model = copy.deepcopy(sliced.model)
-        compensate(model, self.dense, self._loader(seed), kept=sliced, scheduler=self.bench.scheduler, seed=seed)
+        kept = dry_run(self.dense, self.plan, sliced.keep).kept
+        how = {"scheduler": self.bench.scheduler, "seed": seed, "progress": False}
+        compensate(model, self.dense, self._loader(seed), kept=kept, **how)
         return model
 
     def distilled(self, model: nn.Module, seed: int) -> nn.Module:
@@ -128,5 +131,5 @@ def _library(room: str, name: str) -> Callable[..., Any]:
 def _rotated(bench: Bench) -> nn.Module:
     rotate_heads = _library("rotation", "rotate_heads")
     model = copy.deepcopy(bench.dense)
-    rotate_heads(model, bench.loader(0), scheduler=bench.scheduler)
+    rotate_heads(model, trace(model), bench.loader(0), scheduler=bench.scheduler)
     return model
