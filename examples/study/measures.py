@@ -22,7 +22,7 @@ class Amounts:
     """How much of everything the study does.
 
     trained_steps: steps of a training after pruning. lr: of distillation. finetune_lr: of ordinary finetuning from
-    the sliced model, and the dense model's control. scored: samples that scores rest on, at most. samples: images
+    the sliced model, and the dense model's control. batch: of loaders; None is the subject's own. scored: samples that scores rest on, at most. samples: images
     sampled of every model, by so many DDIM sampling_steps. probes: images on which a single cluster's damage is
     measured. reference_batch: images of the reference's one batch. held_out: images of the held-out ones, at most.
     """
@@ -30,6 +30,7 @@ class Amounts:
     trained_steps: int = 200
     lr: float = 5e-4
     finetune_lr: float = 1e-3
+    batch: int | None = None
     scored: int = 2048
     samples: int = 256
     sampling_steps: int = 25
@@ -43,8 +44,9 @@ class Amounts:
 
 QUICK = Amounts(
     trained_steps=2,
-    scored=32,
-    samples=40,
+    batch=4,
+    scored=16,
+    samples=12,
     sampling_steps=2,
     own_samples=16,
     probes=8,
@@ -78,7 +80,9 @@ class Bench:
     def loader(self, seed: int, *, batch: int | None = None, own: bool = False) -> Loader:
         """The training images, or ``own`` ones: those that the dense model makes."""
         subject = dataclasses.replace(self.subject, augmented=as_they_are) if own else self.subject
-        return Loader(subject, self._own if own else self.train, batch or self.subject.batch, seed)
+        return Loader(
+            subject, self._own if own else self.train, batch or self.amounts.batch or self.subject.batch, seed
+        )
 
     def loss(self, model: nn.Module) -> float:
         """The training loss on held-out images."""
