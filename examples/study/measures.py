@@ -22,9 +22,10 @@ class Amounts:
     """How much of everything the study does.
 
     trained_steps: steps of a training after pruning. lr: of distillation. finetune_lr: of ordinary finetuning from
-    the sliced model, and the dense model's control. batch: of loaders; None is the subject's own. scored: samples that scores rest on, at most. samples: images
-    sampled of every model, by so many DDIM sampling_steps. probes: images on which a single cluster's damage is
-    measured. reference_batch: images of the reference's one batch. held_out: images of the held-out ones, at most.
+    the sliced model. batch: of loaders; None is the subject's own. scored: samples that scores rest on, at most.
+    samples: images sampled of every model, by so many DDIM sampling_steps. own_samples: images that the dense model
+    makes in place of the data. probes: images on which a single cluster's damage is measured. reference_batch: images
+    of the reference's one batch. held_out: of the held-out images, at most. clusters: probed, at most.
     """
 
     trained_steps: int = 200
