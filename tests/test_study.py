@@ -34,6 +34,9 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         row("random", 0, "sliced", loss=0.2),
         row("random", 0, "compensated", loss=0.05),
         {**row("magnitude", 0, "sliced"), "why": "out of reach"},
+        {**row("dense", 0, "dense", loss=0.04), "model": "photos", "budget": 1.0},
+        {**row("micro", 0, "sliced", loss=0.08), "model": "photos"},
+        {**row("random", 0, "sliced", loss=0.07), "model": "photos"},
         damage("a", 1.0, 2.0, 3.0),
         damage("b", 2.0, 4.0, 2.0),
         damage("c", 3.0, 9.0, 1.0),
@@ -48,6 +51,10 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_a_table_has_mean_and_range_of_the_seeds_and_marks_the_best(printed: list[str]) -> None:
     assert "| mean | micro | **0.1200** (0.1100–0.1300) |  | 1.25M | 2 |" in printed
     assert "| mean | random | 0.2000 | **0.0500** | 1.25M | 1 |" in printed
+
+
+def test_losses_are_also_multiples_of_the_dense_models(printed: list[str]) -> None:
+    assert any("| 0.0800 ×2.00 |" in line for line in printed)
 
 
 def test_a_budget_out_of_reach_has_no_line(printed: list[str]) -> None:

@@ -22,7 +22,7 @@ def tables(rows: Sequence[Row]) -> str:
         parts.append(f"## {model}\n\n{_dense(mine)}")
         for budget in sorted({r["budget"] for r in mine if r.get("criterion", "dense") != "dense"}, reverse=True):
             of_budget = [r for r in mine if r.get("budget") == budget and r["criterion"] != "dense"]
-            parts.append(f"### {model}, {budget:.0%} of the MACs\n\n{_methods(of_budget)}")
+            parts.append(f"### {model}, {budget:.0%} of the MACs\n\n{_methods(of_budget, _dense_loss(mine))}")
         damage = [r for r in mine if r["measure"] == "damage"]
         if len(damage) > 2:
             parts.append(f"### {model}, scores against the damage of single clusters\n\n{_ranks(damage)}")
@@ -35,8 +35,15 @@ def _dense(rows: Sequence[Row]) -> str:
     return _markdown(["", "loss", "SSIM", "Fréchet distance", "seeds"], body)
 
 
-def _methods(rows: Sequence[Row]) -> str:
-    """Criterion and allocation down, loss at every stage across, then SSIM and Fréchet distance; the best in bold."""
+def _dense_loss(rows: Sequence[Row]) -> float | None:
+    return next((r["loss"] for r in rows if r.get("stage") == "dense" and r["measure"] == "loss"), None)
+
+
+def _methods(rows: Sequence[Row], dense: float | None) -> str:
+    """Criterion and allocation down, loss at every stage across, then SSIM and Fréchet distance; the best in bold.
+
+    dense: the dense model's loss; where it is known every mean loss is also given as a multiple of it.
+    """
     stages = [s for s in STAGES if any(r["stage"] == s for r in rows)]
     columns = [(s, *figure) for figure in FIGURES for s in stages if any(figure[1] in r for r in rows)]
     grouped: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
@@ -47,7 +54,10 @@ def _methods(rows: Sequence[Row]) -> str:
     body = []
     for (allocation, criterion, variant), values in cells.items():
         own = grouped[allocation, criterion, variant]
-        words = [_spread(v, column[3], b) for v, column, b in zip(values, columns, best)]
+        words = [
+            _spread(v, column[3], b, dense if column[2] == "loss" else None)
+            for v, column, b in zip(values, columns, best)
+        ]
         name = criterion if variant == "plain" else f"{criterion}, {variant}"
         body.append([allocation, name, *words, f"{own[0]['params'] / 1e6:.2f}M", str(len({r["seed"] for r in own}))])
     names = {"loss": "loss", "ssim": "SSIM", "frechet": "FD"}
@@ -82,15 +92,16 @@ def _figures(rows: Sequence[Row]) -> list[str]:
     return [*found, str(len({r["seed"] for r in rows}))]
 
 
-def _spread(values: Sequence[float], digits: int, best: float | None = None) -> str:
-    """The mean, and the range where there is more than one."""
+def _spread(values: Sequence[float], digits: int, best: float | None = None, unit: float | None = None) -> str:
+    """The mean, the range where there is more than one, and the mean as a multiple of ``unit``."""
     if not values:
         return ""
     mean = float(np.mean(values))
     text = f"{mean:.{digits}f}"
     if best is not None and mean == best:
         text = f"**{text}**"
-    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    text += "" if len(values) == 1 else f" ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    return text if unit is None else f"{text} ×{mean / unit:.2f}"
 
 
 def _markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
