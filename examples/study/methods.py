@@ -47,7 +47,8 @@ class Pruner:
     def __init__(self, bench: Bench, variant: str = "plain") -> None:
         self.bench, self._own = bench, variant == "own samples"
         self.dense = _rotated(bench) if variant == "heads rotated" else bench.dense
-        self.plan = trace(self.dense)
+        self._example = bench.subject.example(self.dense)
+        self.plan = trace(self.dense, self._example)
         self._scores: dict[tuple[str, int], Scores] = {}
 
     def scores(self, criterion: str, seed: int) -> Scores:
@@ -77,13 +78,13 @@ class Pruner:
         return select(self.plan, scores, macs=budget, **_allocated(allocation)).keep
 
     def sliced(self, keep: Mapping[str, np.ndarray]) -> PruneResult:
-        return prune(self.dense, self.plan, keep, inplace=False)
+        return prune(self.dense, self.plan, keep, inplace=False, example_inputs=self._example)
 
     def compensated(self, sliced: PruneResult, seed: int) -> nn.Module:
         """The sliced model, its weights solved for what was removed."""
         compensate = _library("compensation", "compensate")
         model = copy.deepcopy(sliced.model)
-        kept = dry_run(self.dense, self.plan, sliced.keep).kept
+        kept = dry_run(self.dense, self.plan, sliced.keep, example_inputs=self._example).kept
         how = {"scheduler": self.bench.scheduler, "seed": seed, "progress": False}
         compensate(model, self.dense, self._loader(seed), kept=kept, **how)
         return model
@@ -131,5 +132,5 @@ def _library(room: str, name: str) -> Callable[..., Any]:
 def _rotated(bench: Bench) -> nn.Module:
     rotate_heads = _library("rotation", "rotate_heads")
     model = copy.deepcopy(bench.dense)
-    rotate_heads(model, trace(model), bench.loader(0), scheduler=bench.scheduler)
+    rotate_heads(model, trace(model, bench.subject.example(model)), bench.loader(0), scheduler=bench.scheduler)
     return model

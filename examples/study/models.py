@@ -87,7 +87,7 @@ class Subject:
 
     new: the untrained model. data: the images, with labels, to train on and those held out. augmented: what every
     image goes through when it is trained on. condition: labels to the model's further inputs. passes: how often each
-    held-out image is used for the loss. weights: where the trained model is.
+    held-out image is used for the loss. weights: where the trained model is. images: forward's name for the images.
     """
 
     name: str
@@ -98,12 +98,19 @@ class Subject:
     weights: Path
     passes: int = 4
     batch: int = 32
+    images: str = "sample"
 
     def load(self) -> tuple[Any, DDPMScheduler]:
         """The trained model in float32 and its scheduler."""
         kind = type(self.new())
         model = kind.from_pretrained(self.weights, torch_dtype=torch.float32)
         return model.eval(), DDPMScheduler.from_pretrained(self.weights)
+
+    def example(self, model: Any) -> dict[str, Any]:
+        """What the model's forward can be called with."""
+        images = torch.zeros(2, model.config.in_channels, SIZE, SIZE)
+        t = torch.zeros(2, dtype=torch.long)
+        return {self.images: images, "timestep": t, **self.condition(torch.zeros(2, dtype=torch.long))}
 
     def batch_of(self, images: Tensor, labels: Tensor) -> Any:
         """What a loader yields: images alone, or a dict that names the model's further inputs."""
@@ -147,7 +154,7 @@ SUBJECTS = {
     for s in (
         Subject("digits", digits_model, digits, shifted, no_condition, HERE.parent / "digits" / "model", batch=64),
         Subject("photos", photos_model, photo_patches, flipped, no_condition, MODELS / "photos", passes=1),
-        Subject("dit", dit_model, digits, shifted, class_labels, MODELS / "dit", batch=48),
+        Subject("dit", dit_model, digits, shifted, class_labels, MODELS / "dit", images="hidden_states"),
         Subject("crossattn", crossattn_model, digits, shifted, class_tokens, MODELS / "crossattn"),
     )
 }
