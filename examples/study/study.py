@@ -251,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
     args.samples = amounts.samples if args.samples is None else args.samples
     if args.quick:
         args.budgets, args.seeds, args.trained = args.budgets[:1], args.seeds[:1], args.budgets[:1]
-        args.criteria, args.allocations, args.stages = ["magnitude", "micro"], ["gauss-newton"], list(STAGES[:3])
+        args.criteria, args.allocations, args.stages = ["micro"], ["gauss-newton"], list(STAGES[:3])
         with tempfile.TemporaryDirectory() as folder:
             args.out = Path(folder)
             print(tables(run(args, amounts).rows))
