@@ -8,7 +8,7 @@ VENV ?= .venv
 #   make test TORCH="torch>=2.6"                                                 whatever the index has newest
 TORCH ?= torch==2.13.0
 
-# Further arguments: make demo DEMO_ARGS=--quick; make examples EXAMPLE_ARGS=--quick; make study STUDY_ARGS=--quick; make test TEST_ARGS="tests/test_report.py -k table"
+# Further arguments: make demo DEMO_ARGS=--quick; make examples EXAMPLE_ARGS=--quick; make study STUDY_ARGS=--quick; make test TEST_ARGS="tests/report/test_report.py -k table"
 DEMO_ARGS ?=
 EXAMPLE_ARGS ?=
 STUDY_ARGS ?=

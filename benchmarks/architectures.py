@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import diffprune_fast as dpf
-from diffprune_fast.selection.constraints import lattice
+from diffprune_fast.plan.lattice import lattice
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from models import CASES, Case

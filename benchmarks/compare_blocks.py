@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 from diffprune_fast import drop_blocks, score_blocks
 from diffprune_fast.depth import find_blocks
-from diffprune_fast.evaluation import diffusion_loss
+from diffprune_fast.evaluation.loss import diffusion_loss
 
 
 def main() -> None:

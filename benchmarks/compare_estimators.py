@@ -21,7 +21,7 @@ from diffusers import UNet2DModel
 from measured import comparison_arguments, digits_model, provenance, write_comparison
 
 from diffprune_fast import prune, score, select, trace
-from diffprune_fast.evaluation import diffusion_loss
+from diffprune_fast.evaluation.loss import diffusion_loss
 
 RATIO = 0.3
 # estimator, criterion, further options. 1,024 samples of "micro": agreement beyond reach, so that all are used.

@@ -17,7 +17,7 @@ import torch
 from measured import comparison_arguments, digits_model, provenance, write_comparison
 
 from diffprune_fast import prune, score, select, trace
-from diffprune_fast.evaluation import diffusion_loss
+from diffprune_fast.evaluation.loss import diffusion_loss
 
 BUDGETS = (0.6, 0.5, 0.4)
 WAYS = tuple(itertools.product(("local", "global"), ("same", "independent"), ("count", "exact")))

@@ -23,5 +23,5 @@ export CXX="$cxx -fsanitize=address,undefined -fno-sanitize-recover=all"
 cd "$work/lib"
 PYTHONPATH="$work/lib" "$python" -c "import diffprune_fast._cpu as m; assert m.__file__.startswith('$work'), m.__file__"
 PYTHONPATH="$work/lib" "$python" -m pytest -q -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider \
-    "$root/tests/test_channel_scores.py" "$root/tests/test_slice_channels.py" \
-    "$root/tests/test_cuda_slice_channels.py" "$@"
+    "$root/tests/ops/test_channel_scores.py" "$root/tests/ops/test_slice_channels.py" \
+    "$root/tests/ops/test_cuda_slice_channels.py" "$@"

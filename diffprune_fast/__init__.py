@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "trace": "tracing",
-    "Plan": "tracing",
+    "Plan": "plan",
     "score": "scoring",
     "Scores": "scoring",
     "select": "selection",
@@ -17,7 +17,7 @@ _PUBLIC = {
     "score_blocks": "depth",
     "drop_blocks": "depth",
     "PruneResult": "result",
-    "score_and_prune": "pipeline",
+    "score_and_prune": "method",
     "from_pretrained": "checkpoint",
     "pipeline_from_pretrained": "pipelines",
     "ops": "ops",
@@ -40,15 +40,15 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from . import ops as ops
-    from .checkpoint import from_pretrained as from_pretrained
-    from .depth import drop_blocks as drop_blocks
-    from .depth import score_blocks as score_blocks
-    from .pipeline import score_and_prune as score_and_prune
-    from .pipelines import pipeline_from_pretrained as pipeline_from_pretrained
+    from .checkpoint.loading import from_pretrained as from_pretrained
+    from .depth.drop_blocks import drop_blocks as drop_blocks
+    from .depth.score_blocks import score_blocks as score_blocks
+    from .method import score_and_prune as score_and_prune
+    from .pipelines.loading import pipeline_from_pretrained as pipeline_from_pretrained
+    from .plan.plan import Plan as Plan
     from .result import PruneResult as PruneResult
-    from .scoring import Scores as Scores
-    from .scoring import score as score
-    from .selection import select as select
-    from .slicing import prune as prune
-    from .tracing import Plan as Plan
-    from .tracing import trace as trace
+    from .scoring.score import score as score
+    from .scoring.scores import Scores as Scores
+    from .selection.select import select as select
+    from .slicing.prune import prune as prune
+    from .tracing.trace import trace as trace

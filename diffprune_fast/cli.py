@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from .choices import CriterionName, Estimator, NormGroups, RankingName, Rounding, Units
+
 if TYPE_CHECKING:
+    from .plan.plan import Plan
     from .result import PruneResult
-    from .tracing import Plan
 
 app = typer.Typer(
     name="diffprune-fast",
@@ -44,7 +46,7 @@ def _options(
 @app.command()
 def info() -> None:
     """Print versions, devices, and which backends can serve and why the others can't."""
-    from .ops import info as ops_info
+    from .ops.info import info as ops_info
 
     typer.echo(ops_info())
 
@@ -54,7 +56,7 @@ def trace(
     model_dir: ModelDir,
     component: Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")] = None,  # noqa: UP045
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan to this file.")] = None,  # noqa: UP045 (typer on Python 3.10)
-    units: Annotated[str, typer.Option(help="Of attentions: dims, heads, or auto.")] = "auto",
+    units: Annotated[Units, typer.Option(help="What can go of attentions.")] = "auto",
 ) -> None:
     """Print which channels of a model go together, and which stay and why."""
     with _errors_in_one_line():
@@ -78,13 +80,13 @@ def prune(
     ratio: Annotated[Optional[float], typer.Option(help="Share of units to remove. Default: 0.3.")] = None,  # noqa: UP045
     params: Annotated[Optional[float], typer.Option(help="Parameters to keep: a share or a number.")] = None,  # noqa: UP045
     macs: Annotated[Optional[float], typer.Option(help="MACs to keep: a share or a number.")] = None,  # noqa: UP045
-    ranking: Annotated[Optional[str], typer.Option(help="local or global. Default: local for a ratio.")] = None,  # noqa: UP045
-    estimator: Annotated[str, typer.Option(help="micro, mean, reference or reference-quad.")] = "micro",
-    criterion: Annotated[str, typer.Option(help="diff-pruning, taylor, fisher, magnitude or random.")] = "diff-pruning",
-    units: Annotated[str, typer.Option(help="Of attentions: dims, heads, or auto.")] = "auto",
-    norm_groups: Annotated[str, typer.Option(help="count or exact.")] = "count",
+    ranking: Annotated[Optional[RankingName], typer.Option(help="Default: local for a ratio.")] = None,  # noqa: UP045
+    estimator: Annotated[Estimator, typer.Option(help="How the sum is estimated.")] = "micro",
+    criterion: Annotated[CriterionName, typer.Option(help="What a score is.")] = "diff-pruning",
+    units: Annotated[Units, typer.Option(help="What can go of attentions.")] = "auto",
+    norm_groups: Annotated[NormGroups, typer.Option(help="What stays of norm groups.")] = "count",
     round_to: Annotated[int, typer.Option(help="Widths become multiples of so many channels.")] = 8,
-    rounding: Annotated[Optional[str], typer.Option(help="reference: the published code's counts.")] = None,  # noqa: UP045
+    rounding: Annotated[Optional[Rounding], typer.Option(help="reference: the published code's counts.")] = None,  # noqa: UP045
     ignore: Annotated[Optional[list[str]], typer.Option(help="Pattern of groups or parameters to keep whole.")] = None,  # noqa: UP045
     drop_blocks: Annotated[
         Optional[str],  # noqa: UP045
@@ -102,7 +104,7 @@ def prune(
 ) -> None:
     """Prune a model, or a component of a pipeline, to a budget and save it."""
     with _errors_in_one_line():
-        from . import score_and_prune
+        from .method import score_and_prune
         from .selection.budgets import parse_budget
 
         _check_out(out, model_dir)
@@ -135,16 +137,17 @@ def prune(
         typer.echo(f"saved:  {out} (load it with {_way_to_load(result, out)}({str(out)!r}))")
 
 
-def _traced(model_dir: Path, component: str | None, units: str) -> Plan:
+def _traced(model_dir: Path, component: str | None, units: Units) -> Plan:
     """The plan of a model, which is built without its weights unless its pipeline has to say what it is called with."""
-    from .tracing import trace as trace_model
-    from .tracing.inputs import knows_inputs
+    from .architectures.inputs import knows_inputs
+    from .tracing.trace import trace as trace_model
 
     pipeline, name = _place(model_dir, component)
     model = _load(model_dir if name is None or pipeline != model_dir else model_dir / name, weights=False)
     if pipeline is None or knows_inputs(model):  # without a pipeline trace() says what is lacking
         return trace_model(model, units=units)
-    from .pipelines import example_call, find_component
+    from .pipelines.components import find_component
+    from .pipelines.encoding import example_call
 
     pipe = _load(pipeline)
     return trace_model(find_component(pipe, name)[1], example_call(pipe, name), units=units)
@@ -152,7 +155,8 @@ def _traced(model_dir: Path, component: str | None, units: str) -> Plan:
 
 def _place(model_dir: Path, component: str | None) -> tuple[Path | None, str | None]:
     """The pipeline's folder that a model belongs to, and the model's name there; None where there is no pipeline."""
-    from .pipelines import DENOISERS, read_index
+    from .pipelines.components import DENOISERS
+    from .pipelines.loading import read_index
 
     if not (model_dir / INDEX).exists():
         if component is not None:
@@ -182,7 +186,7 @@ def _check_out(out: Path, model_dir: Path) -> None:
 
 
 def _way_to_load(result: PruneResult, out: Path) -> str:
-    from .checkpoint import MANIFEST, read_manifest
+    from .checkpoint.manifest import MANIFEST, read_manifest
 
     manifests = out.glob(MANIFEST if result.pipeline is None else f"*/{MANIFEST}")
     plain = all(read_manifest(path.parent)["plain_config"] for path in manifests)
@@ -200,9 +204,9 @@ def _blocks(text: str | None) -> int | list[str] | None:
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     """Errors that the user can mend are one line and exit code 2; anything else is a defect and keeps its traceback."""
-    from .manifest import CheckpointError
-    from .slicing import SliceError
-    from .tracing import TraceError
+    from .checkpoint.manifest import CheckpointError
+    from .slicing.verify import SliceError
+    from .tracing.errors import TraceError
 
     try:
         yield
@@ -215,15 +219,16 @@ def _errors_in_one_line() -> Iterator[None]:
 
 def _load(model_dir: Path, weights: bool = True) -> Any:
     """The model or pipeline in a folder; a model without weights is on ``meta`` where that is possible."""
-    from .checkpoint import CONFIG, MANIFEST, diffusers_class, from_pretrained
-    from .plain_config import build_on_meta
+    from .architectures.configs import build_on_meta
+    from .checkpoint.loading import diffusers_class, from_pretrained
+    from .checkpoint.manifest import CONFIG, MANIFEST
 
     if not model_dir.is_dir():
         raise ValueError(f"{model_dir} is not a folder: download the model and give its folder")
     if (model_dir / MANIFEST).exists():
         return from_pretrained(model_dir)
     if (model_dir / INDEX).exists():
-        from .pipelines import pipeline_from_pretrained
+        from .pipelines.loading import pipeline_from_pretrained
 
         return pipeline_from_pretrained(model_dir)
     config = _read_config(model_dir / CONFIG)
@@ -263,10 +268,11 @@ def _device(name: str | None) -> Any:
 def _loader(
     model: Any, component: str | None, images: Path | None, criterion: str, size: int | None, batch_size: int, seed: int
 ) -> Any:
-    from .image_folder import ImageFolder
-    from .pipelines import check_known, find_component, image_shape, is_pipeline, takes_captions
-    from .scoring.conditioning import is_autoencoder
-    from .tracing.inputs import knows_inputs
+    from .architectures.inputs import knows_inputs
+    from .objective.conditioning import is_autoencoder
+    from .objective.image_folder import ImageFolder
+    from .pipelines.components import find_component, image_shape, is_pipeline, takes_captions
+    from .pipelines.encoding import check_known
 
     if images is None and criterion in ("magnitude", "random"):
         if not is_pipeline(model) and not knows_inputs(model):

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from html import escape
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from .tracing import Plan, unreached
-
-if TYPE_CHECKING:
-    from .depth import BlockScores
-    from .scoring import Scores
-    from .selection import Selection
+from .checkpoint.manifest import pack_runs
+from .checkpoint.saving import save
+from .objective.isolation import unwrapped
+from .plan.plan import Complexity, Plan, unreached
+from .pruned.record import attach_record, is_settable, record_of
+from .scoring.scores import BlockScores, Scores
+from .selection.select import Selection
 
 
 @dataclass(frozen=True)
-class Complexity:
-    """params: number of parameters. macs: multiply-accumulates of one forward of one sample."""
-
-    params: int
-    macs: int
-
-    def __str__(self) -> str:
-        return f"{self.params / 1e6:.2f}M parameters, {self.macs / 1e9:.4g} GMACs"
-
-
-@dataclass
 class PruneResult:
     """A pruned model and its proof.
 
@@ -60,14 +52,32 @@ class PruneResult:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write safetensors, ``config.json`` and ``diffprune.json`` into ``directory``; the whole pipeline, if one was
-        given."""
-        if self.pipeline is not None:
-            from .pipelines.saving import save_pipeline
+        given.
 
-            return save_pipeline(self, directory)
-        from .checkpoint import save
+        Raises ValueError where the pipeline doesn't have the pruned component any more; CheckpointError for a model
+        without memory or with state that isn't tensors; OSError from the disk.
+        """
+        if self.pipeline is None:
+            return save(self.model, directory)
+        assert self.component is not None
+        held = self.pipeline.components.get(self.component)
+        if held is None or unwrapped(held) is not self.model:
+            raise ValueError(
+                f"the pipeline's {self.component} is not the pruned one any more: put result.model back, or save what "
+                "there is with the pipeline's own save_pretrained"
+            )
+        self.pipeline.save_pretrained(directory)
 
-        save(self, directory)
+    def __repr__(self) -> str:
+        """One line; ``str(result)`` has the rest."""
+        what = f"{type(self.model).__name__}: {self.before} -> {self.after}"
+        return f"PruneResult({what}{', without ' + ', '.join(self.dropped) if self.dropped else ''})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = [line.partition(":") for line in str(self).splitlines()]
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text.strip())}</td></tr>" for name, _, text in rows)
+        return f"<table>{cells}</table>"
 
     def __str__(self) -> str:
         lines = [f"before: {self.before}", f"after:  {self.after}"]
@@ -86,3 +96,47 @@ class PruneResult:
                 "won't fit"
             )
         return "\n".join(lines)
+
+
+def record(result: PruneResult, **more: Any) -> PruneResult:
+    """The result with ``more`` in its fields; its module's record, and so what is saved of it, says the same."""
+    result = replace(result, **more)
+    attach_record(result.model, replace(record_of(result.model), about=_provenance(result)))
+    return result
+
+
+def _provenance(result: PruneResult) -> dict[str, Any]:
+    """How a pruned model came to be, as plain JSON values: keep-sets, budget, scores, what it cost and costs."""
+    about: dict[str, Any] = {
+        "plan": result.plan.hash,
+        "attributes": {name: value for name, value in result.attributes.items() if is_settable(value)},
+        "keep": {name: pack_runs(units) for name, units in result.keep.items()},
+        "norm_groups": result.norm_groups,
+        "seed": result.seed,
+        "before": {"params": result.before.params, "macs": result.before.macs},
+        "after": {"params": result.after.params, "macs": result.after.macs},
+        "seconds": dict(result.seconds),
+        "blocks_dropped": list(result.dropped),
+    }
+    if result.selection is not None:
+        chosen = result.selection
+        about["budget"] = {
+            "asked": chosen.asked,
+            "met": chosen.met,
+            "ranking": chosen.ranking,
+            "notes": list(chosen.notes),
+        }
+    if result.scores is not None:
+        about["scores"] = _plain_value(result.scores.summary())
+    return about
+
+
+def _plain_value(value: Any) -> Any:
+    """JSON has no NaN and no NumPy."""
+    if isinstance(value, dict):
+        return {str(k): _plain_value(v) for k, v in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from diffprune_fast import score_and_prune
-from diffprune_fast.report import sample_grids
-from diffprune_fast.result import Complexity
+from diffprune_fast.plan import Complexity
+from diffprune_fast.report.figures import sample_grids
 
 
 def compare(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import diffprune_fast as dpf
-from diffprune_fast.tracing import sliced_shapes
+from diffprune_fast.plan import sliced_shapes
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -117,7 +117,7 @@ def random_keep(plan: dpf.Plan, ratio: float, seed: int, norm_groups: str = "exa
     """A random keep-set that the plan's constraints allow."""
     scores = np.random.default_rng(seed).random(plan.n_units)
     selection = dpf.select(
-        plan, scores, ratio=ratio, round_to=1, norm_groups=norm_groups, blocks="independent", ranking="local"
+        plan, scores, ratio=ratio, round_to=1, norm_groups=norm_groups, offsets="independent", ranking="local"
     )
     return selection.keep
 

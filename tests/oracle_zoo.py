@@ -108,7 +108,14 @@ def uneven_keep(plan: dpf.Plan, ratio: float, seed: int) -> dict[str, np.ndarray
     scores = generator.random(plan.n_units)
     ratios = {g.name: float(generator.uniform(0.3, 1.7) * ratio) for g in plan.groups}
     selection = dpf.select(
-        plan, scores, ratio=ratio, ratios=ratios, round_to=1, norm_groups="count", blocks="independent", ranking="local"
+        plan,
+        scores,
+        ratio=ratio,
+        ratios=ratios,
+        round_to=1,
+        norm_groups="count",
+        offsets="independent",
+        ranking="local",
     )
     return selection.keep
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffprune_fast.tracing import Constraint, Cost, Extents, Group, Member, Plan
+from diffprune_fast.plan import Constraint, Cost, Extents, Group, Member, Plan
 
 
 def chain(widths: list[int], constraints: list[Constraint], multiplicities: list[int] | None = None) -> Plan:

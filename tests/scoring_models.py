@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffprune_fast.tracing import Group, Member, Plan
+from diffprune_fast.plan import Group, Member, Plan
 
 HIDDEN = 12
 MIDDLE = 8

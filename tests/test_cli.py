@@ -14,9 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffprune_fast import Plan, from_pretrained
+from diffprune_fast.checkpoint.manifest import read_manifest
 from diffprune_fast.cli import app
-from diffprune_fast.image_folder import ImageFolder
-from diffprune_fast.manifest import read_manifest
+from diffprune_fast.objective import ImageFolder
 
 TINY = {
     "sample_size": 8,
@@ -141,17 +141,25 @@ def test_a_pruned_model_can_be_traced_and_pruned_again(model_dir, tmp_path):
         (["--ratio", "1.5"], "ratio=1.5"),
         (["--ratio", "0.3", "--macs", "0.5"], "give one budget"),
         (["--macs", "0.001"], "gets down to"),
-        (["--ranking", "best"], "choose 'local' or 'global'"),
         (["--ignore", "nothing*"], "matches no group"),
         (["--scheduler", "nowhere"], "there is no scheduler_config.json"),
         (["--device", "abacus"], "--device abacus"),
         (["--batch-size", "0"], "give 1 or more"),
-        (["--estimator", "guess"], "unknown estimator 'guess'"),
     ],
 )
 def test_wrong_options_are_one_line(model_dir, images, tmp_path, options, says):
     result = run("prune", model_dir, "--images", images, "--out", tmp_path / "out", *options)
     assert says in one_error(result)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"), [("--ranking", "'local', 'global'"), ("--estimator", "'micro', 'mean'")]
+)
+def test_an_unknown_choice_names_the_known_ones(model_dir, tmp_path, option, choices):
+    result = run("prune", model_dir, "--out", tmp_path / "out", option, "guess")
+    assert result.exit_code == 2
+    assert choices in result.output
     assert not (tmp_path / "out").exists()
 
 

@@ -18,9 +18,9 @@ from gpu_timing import Step, reason, spread
 from torch import nn
 
 import diffprune_fast
-from diffprune_fast.ops import channel_scores_
-from diffprune_fast.scoring import make_objective
-from diffprune_fast.scoring.accumulate import MicroScores, Work
+from diffprune_fast.objective import make_objective
+from diffprune_fast.ops.channel_scores import channel_scores_
+from diffprune_fast.scoring.estimators import MicroScores, Work
 from diffprune_fast.scoring.tables import unit_table
 
 BATCH = 32

@@ -1,5 +1,5 @@
 // The kernel of slice_kernel.h itself, on the host: every block is kThreads threads with a barrier, and blocks run side
-// by side. Compiled and driven by tests/test_cuda_slice_channels.py; no part of the package.
+// by side. Compiled and driven by tests/ops/test_cuda_slice_channels.py; no part of the package.
 #include <memory>
 #include <thread>
 #include <vector>

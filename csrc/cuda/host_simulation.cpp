@@ -1,5 +1,5 @@
 // The CUDA slicing kernel on the host, step by step, with its blocks advanced in an order that tries to do harm.
-// Compiled and driven by tests/test_cuda_slice_channels.py; no part of the package.
+// Compiled and driven by tests/ops/test_cuda_slice_channels.py; no part of the package.
 #include <cstring>
 #include <random>
 #include <vector>

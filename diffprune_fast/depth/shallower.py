@@ -4,68 +4,85 @@ from __future__ import annotations
 
 import copy
 import inspect
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..result import Complexity, PruneResult
+from ..architectures.inputs import calls_of
+from ..plan.blocks import Block
+from ..plan.plan import Complexity
+from ..result import PruneResult, record
+from ..scoring.scores import BlockScores
 from ..selection.budgets import parse_budget
-from ..tracing.inputs import calls_of
-from .blocks import Block, complexity_of, find_blocks
-from .dropping import forget, named, without
-from .scoring import BlockScores, score_blocks
+from .drop_blocks import forget, named, without
+from .find_blocks import complexity_of, find_blocks
+from .score_blocks import score_blocks
+
+Budget = Mapping[str, Any]
 
 
-def prune_shallower(
-    prune_channels: Callable[..., PruneResult],
-    blocks: int | str | Sequence[str],
-    model: nn.Module,
-    loader: Iterable[Any] | None,
-    *,
-    budget: Mapping[str, float | None],
-    inplace: bool,
-    optimizer: torch.optim.Optimizer | None,
-    example_inputs: tuple[Any, ...] | dict[str, Any] | None,
-    seed: int,
-    options: Mapping[str, Any],
-    **settings: Any,
-) -> PruneResult:
-    """Drop ``blocks`` (so many of the cheapest, or names), then let ``prune_channels`` prune what is left.
+@dataclass(frozen=True)
+class Shallower:
+    """A model without some of its residual blocks.
 
-    Everything after ``blocks`` is as ``prune_channels`` takes it. Raises what it raises, DepthError for names that are
-    no blocks, ValueError for a number that can't be had.
+    model: the one to go on with; is_copy: it isn't the one that was given. budget: what is left of the budget that was
+    asked of the whole model. before: what that cost. dropped: names. scores: what each block would have cost. All but
+    the first three are None or empty where no block was dropped.
     """
+
+    model: nn.Module
+    budget: Budget
+    is_copy: bool = False
+    before: Complexity | None = None
+    dropped: tuple[str, ...] = ()
+    scores: BlockScores | None = None
+
+    def tell(self, result: PruneResult) -> PruneResult:
+        """The result, which also says which blocks went."""
+        if self.before is None:
+            return result
+        return record(result, before=self.before, dropped=self.dropped, blocks=self.scores)
+
+
+@contextmanager
+def shallower(
+    model: nn.Module,
+    blocks: int | str | Sequence[str] | None,
+    loader: Iterable[Any] | None,
+    budget: Budget,
+    *,
+    inplace: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[Shallower]:
+    """Drop ``blocks`` (so many of the cheapest, or names; None: none); if anything is raised inside, they are back.
+
+    loader and options (``seed``, ``scheduler``, …) are for scoring the blocks, where a number is asked for. optimizer:
+    the dropped parameters are taken out of it at the end.
+
+    Raises DepthError for names that are no blocks, ValueError for a number that can't be had.
+    """
+    if blocks is None:
+        yield Shallower(model, budget)
+        return
     parse_budget(budget)
-    if not inplace:
-        model = copy.deepcopy(model)
-    begin = time.perf_counter()
-    chosen, scores = _chosen(model, loader, blocks, example_inputs, {"seed": seed, **options})
-    before = complexity_of(model, calls_of(model, example_inputs))
-    old = list(model.parameters())
-    with without(model, chosen, example_inputs):
-        shallow = time.perf_counter() - begin
-        result = prune_channels(
-            model,
-            loader,
-            budget=_of_whole(budget, before),
-            inplace=True,
-            optimizer=optimizer,
-            example_inputs=example_inputs,
-            seed=seed,
-            options=options,
-            **settings,
-        )
+    whole = model if inplace else copy.deepcopy(model)
+    chosen, scores = _choose(whole, loader, blocks, example_inputs, options or {})
+    before = complexity_of(whole, calls_of(whole, example_inputs))
+    old = list(whole.parameters())
+    with without(whole, chosen, example_inputs):
+        names = tuple(block.name for block in chosen)
+        yield Shallower(whole, _of_whole(budget, before), not inplace, before, names, scores)
     if optimizer is not None:
-        forget(optimizer, old, model)
-    result.before, result.blocks, result.dropped = before, scores, tuple(b.name for b in chosen)
-    result.seconds = {"blocks": shallow, **result.seconds}
-    return result
+        forget(optimizer, old, whole)
 
 
-def _chosen(
+def _choose(
     model: nn.Module,
     loader: Any,
     asked: int | str | Sequence[str],
@@ -85,7 +102,7 @@ def _chosen(
     return scores.cheapest(asked), scores
 
 
-def _of_whole(budget: Mapping[str, float | None], before: Complexity) -> dict[str, float | None]:
+def _of_whole(budget: Budget, before: Complexity) -> dict[str, float | None]:
     """Shares of params and macs as numbers: what they are shares of is the model with all its blocks."""
     whole = {"params": before.params, "macs": before.macs}
     return {n: max(2, int(v * whole[n])) if n in whole and v is not None and v < 1 else v for n, v in budget.items()}

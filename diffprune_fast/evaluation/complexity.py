@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..result import Complexity
-from ..tracing import trace
+from ..plan.plan import Complexity
+from ..tracing.trace import trace
 
 
 def complexity(model: nn.Module, example_inputs: Any = None) -> Complexity:

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..scoring.conditioning import map_tensors, moved
-from ..scoring.objectives import LossFunction, images_of, make_objective
-from ..scoring.timesteps import stratified
-from ..scoring.untouched import generator_for
-from .modes import in_mode
+from ..objective.isolation import in_mode
+from ..objective.loss import LossFunction, images_of, make_objective
+from ..objective.nested import map_tensors, moved
+from ..objective.randomness import generator_for, stratified
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from ..scoring.objectives import first_tensor
-from .modes import in_mode
+from ..objective.isolation import in_mode
+from ..objective.loss import first_tensor
 
 
 def sampler(scheduler: Any, steps: int) -> Any:

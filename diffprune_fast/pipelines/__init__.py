@@ -1,25 +1,22 @@
-"""Whole diffusers pipelines: which component is pruned, what it is trained with, how the pipeline is kept.
-
-``components`` finds the component and puts the pruned one back, ``encoding`` turns images and captions into what the
-denoiser takes (``latents``: the part about images), ``saving`` writes and reads pipelines with pruned components.
-"""
+"""Whole diffusers pipelines: which component is pruned, what it is trained with, how the pipeline is kept."""
 
 from __future__ import annotations
 
 from .components import DENOISERS, find_component, image_shape, is_pipeline, takes_captions
 from .encoding import check_known, encoded, example_call
-from .opening import opened
-from .saving import pipeline_from_pretrained, read_index
+from .loading import pipeline_from_pretrained, read_index
+from .target import Target, find_target
 
 __all__ = [
     "DENOISERS",
+    "Target",
     "check_known",
     "encoded",
     "example_call",
     "find_component",
+    "find_target",
     "image_shape",
     "is_pipeline",
-    "opened",
     "pipeline_from_pretrained",
     "read_index",
     "takes_captions",

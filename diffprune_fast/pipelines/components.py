@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint import saved_as_pruned
-from ..result import PruneResult
-from ..scoring.batches import in_channels
-from ..scoring.conditioning import config_of
-from ..scoring.untouched import unwrapped
+from ..objective.batches import in_channels
+from ..objective.conditioning import config_of
+from ..objective.isolation import unwrapped
+from ..result import PruneResult, record
 
 DENOISERS = ("unet", "transformer", "prior", "decoder")
+
+
 AUTOENCODERS = ("vae", "vqvae", "vqgan", "movq")
 
 
@@ -76,5 +77,4 @@ def put_back(pipe: Any, name: str, result: PruneResult) -> PruneResult:
     if modules_of(pipe)[name] is not result.model:
         pipe = copy.copy(pipe)
         setattr(pipe, name, result.model)
-    result.pipeline, result.component = pipe, name
-    return saved_as_pruned(result)
+    return record(result, pipeline=pipe, component=name)

@@ -16,22 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.modes import in_mode
-from ..scoring.batches import as_loader, check_images
-from ..scoring.calls import first_call, recorded_call
-from ..scoring.conditioning import LABEL_KEYS, TIMESTEP_NAMES, is_autoencoder, moved, signature_of, wants_labels
-from ..scoring.objectives import make_objective
+from ..architectures.denoisers import TIMESTEP_NAMES
+from ..objective.batches import as_loader, check_images
+from ..objective.calls import first_call, recorded_call
+from ..objective.conditioning import LABEL_KEYS, is_autoencoder, signature_of, wants_labels
+from ..objective.isolation import in_mode
+from ..objective.loss import make_objective
+from ..objective.nested import moved
 from .components import autoencoder_of, find_component, image_shape, modules_of
 from .latents import as_they_are, as_video, decodes, normalised, packed, raw_latents, upcast
 
 IMAGE_KEYS = ("images", "image", "pixel_values")
+
+
 CAPTION_KEYS = ("prompt", "prompts", "caption", "captions", "text", "texts")
+
+
 # What a call is made with, where the pipeline knows it. Guidance would double the batch; where "true_cfg_scale" turns
 # it on, "guidance_scale" is an input of the denoiser and stays the pipeline's own.
 SETTINGS: Mapping[str, Any] = {"num_inference_steps": 2, "use_resolution_binning": False, "true_cfg_scale": 1.0}
 
+
 # Between the pipeline's first time and the loss's: half precision rounds by .004; units and directions differ by more.
 TIME_TOLERANCE = 0.01
+
 
 # Of an example image, in pixels, where neither pipeline nor denoiser says what size it makes.
 DEFAULT_SIZE = 256

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scoring.calls import Called
-from ..scoring.conditioning import config_of
-from ..scoring.objectives import dtype_of, latents_of
+from ..objective.calls import Called
+from ..objective.conditioning import config_of
+from ..objective.loss import dtype_of, latents_of
 from .components import AUTOENCODERS, modules_of
 
 # The pipeline may decode in half precision, which rounds to .001 or .008; another scale or shift is farther off.

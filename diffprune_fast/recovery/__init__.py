@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .finetuning import Finetuned, finetune
+from .finetune import Finetuned, finetune
 
 __all__ = ["Finetuned", "finetune"]

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from ..tracing import Plan
+from ..plan.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..scoring import LossCurve
+    from ..scoring.scores import LossCurve
+
 
 INK, ACCENT, PALE, MUTED = "#1f2933", "#2563eb", "#dbe4f3", "#6b7785"
 

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..manifest import versions
+from ..checkpoint.manifest import versions
 from .table import HEADINGS, Measured, cells
 
 if TYPE_CHECKING:

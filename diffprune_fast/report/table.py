@@ -39,7 +39,11 @@ HEADINGS = (
     "SSIM",
     "SSIM, finetuned",
 )
+
+
 DASH = "–"
+
+
 WIDTH = 110
 
 

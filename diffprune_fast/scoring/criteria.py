@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from ..tracing.plan import Member, Plan
+from ..plan.plan import Member, Plan
 from .tables import is_norm
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..tracing.plan import Plan
+from ..plan.blocks import Block
+from ..plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -103,3 +104,42 @@ def keep_set_agreement(plan: Plan, a: np.ndarray, b: np.ndarray, ratio: float) -
         both += int((left & right).sum())
         either += int((left | right).sum())
     return both / either if either else 1.0
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """What every residual block is worth to the loss.
+
+    costs: ``(n_blocks,)`` float64, the estimated (``"first-order"``) or measured (``"loss"``) rise of the training loss
+    when a block goes; first-order ones rank, their size is not that of the rise. agreement: rank correlation of the
+    costs that odd and even micro-batches give, None for fewer than three blocks or two micro-batches.
+    """
+
+    blocks: tuple[Block, ...]
+    costs: np.ndarray
+    method: str
+    samples: int
+    seed: int
+    seconds: float = 0.0
+    agreement: float | None = None
+
+    def cheapest(self, n: int) -> list[Block]:
+        """The ``n`` blocks that cost least, none inside another. Raises ValueError where there aren't so many."""
+        chosen: list[Block] = []
+        for i in np.argsort(self.costs, kind="stable").tolist():
+            block = self.blocks[i]
+            if len(chosen) < n and not any(block.holds(b) or b.holds(block) for b in chosen):
+                chosen.append(block)
+        if n < 1 or len(chosen) < n:
+            raise ValueError(f"{n} blocks can't be dropped: give a number from 1 to {len(chosen)}, or names")
+        return [b for b in self.blocks if b in chosen]
+
+    def __str__(self) -> str:
+        width = max((len(b.name) for b in self.blocks), default=5)
+        lines = [f"{'block':{width}}  {'cost':>10}  {'params':>8}  {'MACs':>9}  class"]
+        for i in np.argsort(self.costs, kind="stable").tolist():
+            b = self.blocks[i]
+            params, macs = f"{b.params / 1e6:.2f}M", f"{b.macs / 1e6:.2f}M"
+            lines.append(f"{b.name:{width}}  {self.costs[i]:10.3g}  {params:>8}  {macs:>9}  {b.kind}")
+        trust = "" if self.agreement is None else f", rank correlation of the halves {self.agreement:.2f}"
+        return "\n".join([*lines, f"{self.method}, {self.samples} samples{trust}"])

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..ops import ScoreEntry, ScoreTable
-from ..tracing.plan import Member, Plan
+from ..ops.channel_scores import ScoreEntry, ScoreTable
+from ..plan.plan import Member, Plan
 
 
 @dataclass

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import count
-from .objectives import Objective
+from ..objective.batches import count
+from ..objective.loss import Objective
 from .scores import LossCurve
 
 CURVE_POINTS = 20
+
+
 # 128 cells of 1,000 timesteps leave about 85 below a threshold crossed at t = 470; 91 timesteps gave a keep-set of
 # Jaccard .995 to the full loop's, 62 gave .978 (digits, 2.5M parameters).
 QUAD_CELLS = 128
@@ -68,10 +70,3 @@ def measure_curve(
     if losses.max() <= 0:
         raise ValueError("the loss is nowhere positive, so that no threshold can be drawn: pass timesteps=range(…)")
     return LossCurve(timesteps, losses, threshold)
-
-
-def stratified(allowed: np.ndarray, n: int, generator: torch.Generator) -> Tensor:
-    """``(n,)`` timesteps, one from each of ``n`` equal strata of ``allowed``, in random order."""
-    where = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n * len(allowed)
-    drawn = torch.from_numpy(np.asarray(allowed, np.int64))[where.long().clamp(max=len(allowed) - 1)]
-    return drawn[torch.randperm(n, generator=generator)]

@@ -1,7 +1,8 @@
-"""How many units stay and which: budgets, constraints, rounding, ranking."""
+"""How many units stay, and which."""
+
+from __future__ import annotations
 
 from .budgets import Budget, BudgetError, parse_budget
-from .choosing import Selection, select
-from .constraints import violations
+from .select import Selection, select
 
-__all__ = ["Budget", "BudgetError", "Selection", "parse_budget", "select", "violations"]
+__all__ = ["Budget", "BudgetError", "Selection", "parse_budget", "select"]

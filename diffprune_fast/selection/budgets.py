@@ -12,10 +12,14 @@ from fnmatch import translate
 
 import numpy as np
 
-from ..tracing import Plan
+from ..plan.plan import Plan
 
 BUDGETS = ("ratio", "params", "macs")
+
+
 DEFAULT_RATIO = 0.3
+
+
 UNITS = {"params": "parameters", "macs": "MACs"}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .constraints import Lattice
+from ..plan.lattice import Lattice
 
 Cost = Callable[[np.ndarray], float]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..position_tables import keep_columns
-from ..tracing import Plan, Sliced
-from ..tracing.gate import alive_units
+from ..plan.keep_sets import Sliced, alive_units
+from ..plan.plan import Plan
+from ..pruned.held_tensors import tables
+from ..pruned.kept_columns import keep_columns
 from .optimizers import state_of
-from .shapes import tables
 
 
 def slice_model(

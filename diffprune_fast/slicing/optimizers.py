@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from .shapes import tables
+from ..pruned.held_tensors import tables
 from .verify import SliceError
 
 # State that gradients went into, and in which power: where a weight takes a factor, its gradient shrinks by the same.

@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..selection import violations
-from ..tracing import GateError, Plan, Sliced, pass_gate
-from ..tracing.inputs import calls_of
-from ..tracing.nodes import Nodes
-from .shapes import tables
+from ..architectures.inputs import calls_of
+from ..choices import NormGroups, check_choice
+from ..plan.constraints import violations
+from ..plan.keep_sets import Sliced
+from ..plan.plan import Plan
+from ..pruned.held_tensors import tables
+from ..tracing.channels import Nodes
+from ..tracing.verification import GateError, pass_gate
 
 
 class SliceError(ValueError):
@@ -35,10 +38,12 @@ def check_model(model: nn.Module, plan: Plan) -> None:
             raise SliceError(f"{name} is on the meta device and has no data to slice: load the weights first")
 
 
-def check_keep(plan: Plan, keep: Mapping[str, Any], norm_groups: str) -> dict[str, np.ndarray]:
+def check_keep(plan: Plan, keep: Mapping[str, Any], norm_groups: NormGroups) -> dict[str, np.ndarray]:
     """The keep-set as int64 arrays, or an error that says what is wrong with it."""
-    if norm_groups not in ("exact", "count"):
-        raise SliceError(f"norm_groups={norm_groups!r} is not one of 'exact', 'count'")
+    try:
+        check_choice("norm_groups", norm_groups, NormGroups)
+    except ValueError as error:
+        raise SliceError(str(error)) from None
     arrays = {n: np.asarray(v.cpu() if isinstance(v, torch.Tensor) else v) for n, v in keep.items()}
     bad = violations(plan, arrays, norm_groups)
     if bad:
@@ -51,7 +56,7 @@ def retrace(
     model: nn.Module,
     plan: Plan,
     sliced: Sliced,
-    norm_groups: str,
+    norm_groups: NormGroups,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None,
 ) -> None:
     """Walk the sliced model on meta, with the labels of the channels that it kept, against the plan."""

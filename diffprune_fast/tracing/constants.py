@@ -14,12 +14,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .walk import Walk
 
+
 _MADE = {
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), "zero"),
     **dict.fromkeys(("ones", "new_ones", "ones_like", "full", "new_full", "full_like"), "uniform"),
     "arange": "ids",
 }
+
+
 _VIEWS = "alias detach view reshape expand unsqueeze squeeze slice select transpose permute t contiguous to"
+
+
 _IS_VIEW = frozenset(_VIEWS.split())
 
 

@@ -11,13 +11,11 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from .attributes import PARAMETER_ATTRIBUTES
-from .labels import Graph
-from .nodes import Nodes
-from .plan import Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
+from ..architectures.attributes import PARAMETER_ATTRIBUTES
+from ..plan.plan import UNUSED, Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
+from .channels import Nodes
+from .graph import Graph
 from .walk import Walk
-
-UNUSED = "the forward doesn't use it as channels"
 
 
 def build_plan(model: nn.Module, walk: Walk) -> Plan:
@@ -191,15 +189,6 @@ def _frozen(
                 graph.frozen[first][1] if first < n else f"meets channels that stay in {graph.edges[first - n][2]}"
             )
     return found
-
-
-def unreached(plan: Plan) -> list[str]:
-    """Parameters of more than one element that the traced calls didn't use: they keep all their channels."""
-    reasons: dict[str, set[str]] = {}
-    for place, reason in plan.frozen.items():
-        reasons.setdefault(place.rpartition(":")[0], set()).add(reason)
-    sliced = {m.parameter for g in plan.groups for m in g.members} | plan.buffers
-    return [n for n, s in plan.shapes.items() if reasons.get(n) == {UNUSED} and n not in sliced and max(s) > 1]
 
 
 def _extents(

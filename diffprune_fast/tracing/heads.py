@@ -8,51 +8,11 @@ walk finds the reshapes that split channels into heads by the sizes that the fir
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
-from .labels import Layer, varying
-from .plan import Plan
-
-UNITS = ("auto", "dims", "heads")
-
-# Attributes of attention modules that hold a number of heads.
-HEAD_ATTRIBUTES = (
-    "heads",
-    "kv_heads",
-    "n_head",
-    "n_heads",
-    "nheads",
-    "num_attention_heads",
-    "num_heads",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "sliceable_head_dim",
-)
-
-# … and those that hold the dims of a head.
-DIM_ATTRIBUTES = ("attention_head_dim", "dim_head", "head_dim", "head_size")
-
-
-@dataclass(frozen=True)
-class Attended:
-    """An operand of an attention product: heads of how many dims, and its channels, ``(rows, n_dims)``, if labelled."""
-
-    module: str
-    n_heads: int
-    n_dims: int
-    rows: np.ndarray | None
-
-    @classmethod
-    def of(cls, module: str, layer: Layer) -> Attended | None:
-        """None where the layer has no rows: there is one head, or the heads were not split."""
-        dims = varying(layer)
-        if len(dims) < 2:
-            return None
-        rows = layer.reshape(-1, layer.shape[dims[-1]])
-        rows = rows[np.unique(rows[:, 0], return_index=True)[1]]
-        return cls(module, len(rows), rows.shape[1], rows)
+from ..plan.plan import Plan
+from .records import Attended
 
 
 class Heads:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from .channels import Nodes
 from .labels import Labels
-from .nodes import Nodes
 
 
 @contextmanager

@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from .gate import GateError, alive_units, pass_gate, sliced_shapes, units_of_nodes
+from ..plan.keep_sets import alive_units, sliced_shapes
+from ..plan.plan import Plan
+from .channels import units_of_nodes
 from .grouping import build_plan
-from .plan import Plan
-from .walk import Calls, Walk
+from .records import Calls
+from .verification import GateError, pass_gate
+from .walk import Walk
 
 Row = tuple[int, ...]  # the channels along one dim of a parameter
+
 
 # Every round settles at least one group; a model with more hidden couplings than this is left to the gate.
 ROUNDS = 24
@@ -60,8 +64,10 @@ def _tried(model: nn.Module, walk: Walk, plan: Plan, keep: Mapping[str, np.ndarr
 
 def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
     """An allowed keep-set in which groups of equal size keep different counts, as far as that goes."""
-    from ..selection.constraints import lattice  # selection is planned on: it imports this package
-    from ..selection.ranking import rank_units
+    from ..plan.lattice import (
+        lattice,  # selection is planned on: it imports this package
+        rank_units,
+    )
 
     of = lattice(plan, "count")
     seen: dict[int, int] = {}
@@ -103,7 +109,7 @@ def _culprits(
 
 def _shrunk_clusters(plan: Plan, keep: Mapping[str, np.ndarray]) -> list[list[str]]:
     """Groups that constraints tie to one another, without those that keep everything."""
-    from ..selection.constraints import lattice
+    from ..plan.lattice import lattice
 
     clusters: dict[int, list[str]] = {}
     for g, c in zip(plan.groups, lattice(plan, "count").cluster.tolist()):

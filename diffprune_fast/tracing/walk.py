@@ -1,52 +1,35 @@
-"""One forward on ``meta`` with labels beside every activation."""
+"""What rules may call: labels of tensors, the graph, costs and attributes that follow a width."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..position_tables import Table, table_of
-from . import constants, contractions, movement, norms, numbers, scales, statistics  # noqa: F401  (they fill RULES)
-from .attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
-from .errors import TraceError, explained
-from .heads import DIM_ATTRIBUTES, HEAD_ATTRIBUTES, Attended
-from .labels import Graph, Labels, Layer, Layers, varying
-from .meta import hooked, inputs_on_meta, on_meta, outputs_in, to_meta
-from .nodes import Nodes
-from .rules import RULES, unknown
-
-Calls = Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]
+from ..architectures.attributes import DIM_ATTRIBUTES, HEAD_ATTRIBUTES
+from .channels import Nodes
+from .graph import Graph
+from .labels import Labels, Layer, Layers, varying
+from .meta import to_meta
+from .records import Attended, CostTerm, ScaleTerm, Step, place_of
 
 
-@dataclass
-class CostTerm:
-    place: str
-    scale: int
-    layers: Layers
-    attention: bool
-
-
-class Walk(TorchDispatchMode):
-    """The dispatch mode under which the model runs; rules call back into it."""
+class Walk:
+    """What a walk has found so far, and what rules may do with it; the tracer calls the rules."""
 
     def __init__(self, model: nn.Module, nodes: Nodes, graph: Graph) -> None:
-        super().__init__()
         self.nodes = nodes
         self.graph = graph
         self.costs: list[CostTerm] = []
-        self.scales: list[scales.ScaleTerm] = []
+        self.scales: list[ScaleTerm] = []
         self.leaks: list[Labels] = []
         self.statistics = 0
         self.attributes: dict[tuple[str, str], Layer] = {}
         self.scale_attributes: dict[tuple[str, str], Layer] = {}
         self.attended: list[Attended] = []
-        self.steps: list[numbers.Step] = []
+        self.steps: list[Step] = []
         self.modules = {id(m): n for n, m in model.named_modules()}
         self.by_name = dict(model.named_modules())
         self.stack: list[str] = []
@@ -64,7 +47,7 @@ class Walk(TorchDispatchMode):
         return self.stack[-1] if self.stack else ""
 
     def place(self, func: Any) -> str:
-        return numbers.place_of(self.module, func)
+        return place_of(self.module, func)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The op itself, on meta where any operand is there."""
@@ -171,88 +154,3 @@ class Walk(TorchDispatchMode):
             self.attribute(weight, name, layer)
         elif self.stack and hasattr(self.by_name[self.module], name):
             self.attributes[self.module, name] = layer.reshape(-1)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        tensors = list(self.tensors((args, kwargs)))
-        statistic = statistics.follow(self, name, args, tensors) if self.statistics else None
-        made = constants.follow(func, args, tensors)
-        out = self._followed(func, args, kwargs, tensors)
-        if made is not None:
-            out._made = made
-        if statistic is not None:
-            out._statistic = statistic
-        scales.note_leaks(self, name, tensors, kwargs, out)
-        numbers.note(self, func, args, kwargs, tensors, out)
-        return out
-
-    def _followed(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
-        rule = RULES.get(func._schema.name)
-        if rule is not None:
-            return rule(self, func, args, kwargs)
-        if not any(self.labels(t) is not None for t in tensors):
-            return self.run(func, args, kwargs)
-        with self:
-            out = func.decompose(*args, **kwargs)
-        return unknown(self, func, args, kwargs) if out is NotImplemented else out
-
-    def enter(self, module: nn.Module, inputs: Any) -> None:
-        name = self.modules.get(id(module))
-        if name is None:
-            return
-        self.stack.append(name)
-        kind = type(module).__name__
-        if kind in INPUT_ATTRIBUTES:
-            labels = self.labels(inputs[0]) if inputs else None
-            for layer in labels.layers if labels is not None else ():
-                if varying(layer) == (1,):
-                    for attribute in INPUT_ATTRIBUTES[kind]:
-                        self.attributes[name, attribute] = layer.reshape(-1)
-        table = table_of(module)
-        if table is not None:
-            self._fit(module, table, inputs)
-        if kind in FROZEN_CLASSES:
-            for p in module.parameters():
-                for layer in self.nodes.layers(self.name_of(p) or ""):
-                    self.graph.freeze(layer, FROZEN_CLASSES[kind])
-
-    def _fit(self, module: nn.Module, rule: Table, inputs: Any) -> None:
-        """A table of positions for inputs of another size, with the labels of the one that there is."""
-        size = rule.wanted(module, inputs)
-        old = getattr(module, rule.buffer)
-        if size != rule.held(module):
-            new = torch.empty((1, rule.positions(module, size), old.shape[-1]), dtype=old.dtype, device="meta")
-            labels = self.labels(old)
-            self.label(new, Labels(tuple([x for x in labels.layers if varying(x) == (2,)])) if labels else None)
-            new._parameter_name = self.name_of(old)  # type: ignore[attr-defined]
-            rule.hold(module, size, new)
-
-    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self.stack and id(module) in self.modules:
-            self.stack.pop()
-
-    def follow(self, model: nn.Module, calls: Calls) -> None:
-        """:meth:`go`, with an error that says where the forward failed. Raises TraceError."""
-        try:
-            self.go(model, calls)
-        except TraceError:
-            raise
-        except Exception as error:
-            raise TraceError(explained(model, self, error)) from error
-
-    def go(self, model: nn.Module, calls: Calls, kept: Mapping[tuple[str, int], np.ndarray] | None = None) -> None:
-        """Run the calls; labels of the parameters are ``nodes``' (those of ``kept`` for a sliced model)."""
-        with on_meta(model, self.nodes, kept), hooked(self.enter, self.leave):
-            for method, args, kwargs in calls:
-                f = model if method == "forward" else getattr(model, method)
-                with torch.inference_mode(), self:
-                    out = f(*inputs_on_meta(args), **inputs_on_meta(kwargs))
-                self.stack.clear()
-                for t in outputs_in(out, set()):
-                    if getattr(t, "_statistic", None) is not None:
-                        statistics.freeze(self, t._statistic)  # type: ignore[attr-defined]
-                    labels = self.labels(t)
-                    for layer in labels.layers if labels is not None else ():
-                        self.graph.freeze(layer, "is an output of the model")
-        scales.settle(self)

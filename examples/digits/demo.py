@@ -25,9 +25,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diffprune_fast import PruneResult, score_and_prune
-from diffprune_fast.evaluation import diffusion_loss, sample, seconds_per_image, ssim
-from diffprune_fast.recovery import finetune
-from diffprune_fast.report import Measured, kept_channels, loss_curve, print_table, sample_grids, write_report
+from diffprune_fast.evaluation.loss import diffusion_loss
+from diffprune_fast.evaluation.sampling import sample
+from diffprune_fast.evaluation.similarity import ssim
+from diffprune_fast.evaluation.timing import seconds_per_image
+from diffprune_fast.recovery.finetune import finetune
+from diffprune_fast.report.figures import kept_channels, loss_curve, sample_grids
+from diffprune_fast.report.page import write_report
+from diffprune_fast.report.table import Measured, print_table
 
 HERE = Path(__file__).parent
 CRITERIA = {"diff-pruning": "Diff-Pruning", "magnitude": "magnitude", "random": "random"}

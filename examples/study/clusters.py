@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from methods import Missing, Pruner
 
-from diffprune_fast.selection.constraints import Lattice, lattice
-from diffprune_fast.selection.ranking import rank_units
+from diffprune_fast.plan.lattice import Lattice, lattice, rank_units
 from diffprune_fast.selection.search import nearest
 
 SHARE = 1 / 3

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import diffprune_fast
-from diffprune_fast.scoring import make_objective
-from diffprune_fast.scoring.accumulate import MicroScores, Work
-from diffprune_fast.scoring.batches import Batches
+from diffprune_fast.objective import make_objective
+from diffprune_fast.objective.batches import Batches
+from diffprune_fast.scoring.estimators import MicroScores, Work
 from diffprune_fast.scoring.tables import unit_table
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

@@ -1,0 +1,9 @@
+"""Saving and loading pruned models: safetensors and JSON, nothing that runs."""
+
+from __future__ import annotations
+
+from .loading import from_pretrained
+from .manifest import CheckpointError
+from .saving import save
+
+__all__ = ["CheckpointError", "from_pretrained", "save"]

@@ -1,0 +1,135 @@
+"""``diffprune.json``: what a pruned model's weights can't say by themselves, written and read back with care."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+
+FORMAT = 1
+
+
+MANIFEST = "diffprune.json"
+
+
+# No layer is as wide; a manifest is read before its claims can be compared with the weights.
+MOST_UNITS = 1 << 24
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged, incomplete or inconsistent; the message says which file and what to do."""
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked contents of ``diffprune.json``, with ``keep`` as index arrays.
+
+    Raises CheckpointError where it is missing, isn't JSON, or lacks what it must have.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: {Path(directory)} is not a pruned model, or its saving broke off; save it again"
+        ) from None
+    except (ValueError, OSError) as e:
+        raise CheckpointError(f"{path} can't be read ({e}): save the model again") from e
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(
+            f"{path} has format {found!r}, this version reads {FORMAT}: use the version that saved it"
+        )
+    for name, kind in _FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise CheckpointError(f"{path}: {name!r} is missing or not a {kind.__name__}; save the model again")
+    for name, shape in manifest["shapes"].items():
+        if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):
+            raise CheckpointError(f"{path}: the shape of {name!r} is {shape!r}, not a list of sizes")
+    if not all(isinstance(manifest["unpruned"].get(part), dict) for part in ("shapes", "attributes")):
+        raise CheckpointError(f"{path}: 'unpruned' lacks shapes or attributes; save the model again")
+    manifest["shapes"] = {n: tuple(s) for n, s in manifest["shapes"].items()}
+    try:
+        widest = max((max(s, default=1) for s in manifest["shapes"].values()), default=0)
+        manifest["keep"] = {n: unpack_runs(r, widest) for n, r in manifest["keep"].items()}
+    except (ValueError, TypeError, OverflowError) as e:
+        raise CheckpointError(f"{path}: the keep-sets can't be read ({e})") from e
+    return manifest
+
+
+_FIELDS = {
+    "model_class": str,
+    "plan": str,
+    "plain_config": bool,
+    "tied": dict,
+    "shapes": dict,
+    "attributes": dict,
+    "keep": dict,
+    "dropped": dict,
+    "tables": dict,
+    "unpruned": dict,
+    "sha256": dict,
+}
+
+
+def pack_runs(units: np.ndarray) -> list[int]:
+    """Sorted indices as ``[start, stop, start, stop, ...]``."""
+    units = np.asarray(units, np.int64)
+    breaks = np.flatnonzero(np.diff(units) != 1) + 1
+    starts = units[np.concatenate([[0], breaks])] if units.size else units
+    stops = units[np.concatenate([breaks - 1, [-1]])] + 1 if units.size else units
+    return np.stack([starts, stops], axis=1).reshape(-1).tolist()
+
+
+def unpack_runs(runs: list[int], most: int = MOST_UNITS) -> np.ndarray:
+    """The inverse of :func:`pack_runs`.
+
+    Raises ValueError for what isn't a list of rising runs, or names more than ``most`` indices.
+    """
+    if not isinstance(runs, list) or len(runs) % 2 or not all(type(r) is int for r in runs):
+        raise ValueError(f"{str(runs)[:60]} is not a list of runs")
+    ends = np.array(runs, np.int64).reshape(-1, 2)
+    if (np.diff(ends.reshape(-1)) <= 0).any() or (ends < 0).any():
+        raise ValueError(f"the runs {str(runs)[:60]} don't rise")
+    if np.diff(ends).sum() > min(most, MOST_UNITS):
+        raise ValueError(f"the runs {str(runs)[:60]} name more units than there are channels")
+    return np.concatenate([np.arange(a, b) for a, b in ends] or [np.zeros(0, np.int64)])
+
+
+def versions() -> dict[str, str]:
+    import diffusers
+
+    return {"diffprune_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+# The weights of a model with blocks dropped in place. Under its own name diffusers would load them, into a model that
+# has the blocks, and leave those blocks' weights at random.
+SHALLOW_WEIGHTS = "diffprune_model.safetensors"
+
+
+BUFFERS = "diffprune_buffers.safetensors"  # buffers that a state dict leaves out, as the pruned model has them
+
+
+CONFIG = "config.json"
+
+
+def _weights_file(dropped: Mapping[str, Any]) -> str:
+    return SHALLOW_WEIGHTS if dropped else WEIGHTS
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

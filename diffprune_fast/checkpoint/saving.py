@@ -1,0 +1,156 @@
+"""Saving and loading pruned models: safetensors and JSON, nothing that runs.
+
+A directory holds ``diffusion_pytorch_model.safetensors`` (the weights under diffusers' own name; under another one
+where blocks are missing that a config can't leave out), ``config.json`` (the model's config) and ``diffprune.json``
+(the manifest: shapes, keep-sets, how they came to be). Where a plain config describes the pruned model, ``config.json``
+is that one and the class's own ``from_pretrained`` reads the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..architectures.configs import build_on_meta, own_config, shapes_of
+from ..pruned.kept_columns import kept_columns
+from ..pruned.passthrough import dropped_blocks
+from ..pruned.record import changed_since, record_of
+from .manifest import (
+    BUFFERS,
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    SHALLOW_WEIGHTS,
+    WEIGHTS,
+    CheckpointError,
+    _sha256,
+    _weights_file,
+    pack_runs,
+    versions,
+)
+from .plain_config import changed_attributes, plain_config
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write a pruned model with its record into ``directory``, which is made if need be.
+
+    Everything is written beside it first and moved in at the end, the manifest last: a save that breaks off leaves
+    either the former checkpoint or one that refuses to load.
+
+    Raises CheckpointError for a model that has no memory (``meta``) or state that isn't tensors; OSError from the disk.
+    """
+    _write(model, record_of(model).about, Path(directory))
+
+
+class SaveAsPruned:
+    """``save_pretrained`` of a pruned module: diffusers' own would write the config of the widths before pruning."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any) -> None:
+        """Write the module as :func:`save` does. Raises ValueError for options of diffusers that this format lacks."""
+        wanted = {k for k, v in options.items() if v is not None and (k, v) not in _AS_IT_IS}
+        if wanted:
+            raise ValueError(f"a pruned {type(self.model).__name__} is saved as one safetensors file, without {wanted}")
+        if is_main_process:
+            save(self.model, save_directory)
+
+
+def replace_save_pretrained(model: nn.Module) -> None:
+    """From now on a diffusers model is saved as a pruned one also by its own ``save_pretrained``."""
+    if hasattr(model, "save_config"):
+        model.save_pretrained = SaveAsPruned(model)  # type: ignore[assignment]
+
+
+# Options of diffusers' save_pretrained that ask for what is done anyway.
+_AS_IT_IS = (("safe_serialization", True), ("push_to_hub", False), ("use_flashpack", False))
+
+
+def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None:
+    weights, tied = _weights(model)
+    buffers = {n: b.detach().contiguous() for n, b in model.named_buffers() if n not in weights and n not in tied}
+    is_diffusers = hasattr(model, "save_config") and hasattr(model, "config")
+    dropped = dropped_blocks(model)
+    plain = plain_config(model) if not dropped else None
+    manifest = {
+        **record,
+        "format": FORMAT,
+        "versions": versions(),
+        "model_class": type(model).__name__,
+        "plain_config": plain is not None,
+        "tied": tied,
+        "shapes": {name: list(t.shape) for name, t in sorted({**weights, **buffers}.items())},
+        "dropped": dropped,
+        "tables": {name: [t.width, pack_runs(t.kept.numpy())] for name, t in kept_columns(model).items()},
+        "unpruned": _unpruned(model) if plain is None else {"shapes": shapes_of(model), "attributes": {}},
+        "attributes": {} if plain is not None else _attributes(model, record.get("attributes", {}), is_diffusers),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    written = Path(tempfile.mkdtemp(prefix=".diffprune-", dir=directory))
+    try:
+        files = [_weights_file(dropped)]
+        save_file(weights, written / files[0], metadata={"format": "pt"})
+        manifest["sha256"] = {files[0]: _sha256(written / files[0])}
+        if buffers:
+            save_file(buffers, written / BUFFERS, metadata={"format": "pt"})
+            manifest["sha256"][BUFFERS] = _sha256(written / BUFFERS)
+            files.append(BUFFERS)
+        if is_diffusers:
+            of_config = build_on_meta(type(model), plain) if plain is not None else model
+            of_config.save_config(written)  # type: ignore[operator]
+            files.append(CONFIG)
+        (written / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (directory / MANIFEST).unlink(missing_ok=True)
+        for name in [*files, MANIFEST]:
+            shutil.copymode(written / MANIFEST, written / name)  # safetensors makes files that others can't read
+            os.replace(written / name, directory / name)
+        for name in {WEIGHTS, SHALLOW_WEIGHTS, BUFFERS} - {*files}:  # of a former checkpoint
+            (directory / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state dict without repetitions, and for each name left out the one that stands for it."""
+    weights: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    used: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{name} is {type(tensor).__name__}: only tensors can be saved without pickle")
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device: there are no weights to save")
+        storage = tensor.untyped_storage().data_ptr()
+        same = (storage, tensor.device, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and same in first:
+            tied[name] = first[same]
+            continue
+        first[same] = name
+        # Different views of one storage are saved as what they are now, each with its own copy.
+        weights[name] = tensor.contiguous() if storage not in used else tensor.contiguous().clone()
+        used.add(storage)
+    return weights, tied
+
+
+def _unpruned(model: nn.Module) -> dict[str, Any]:
+    record = record_of(model)
+    return {"shapes": record.shapes, "attributes": record.attributes}
+
+
+def _attributes(model: nn.Module, known: Mapping[str, Any], is_diffusers: bool) -> dict[str, Any]:
+    """What a freshly built model lacks, also where it was pruned before and ``known`` is of the last time only."""
+    attributes = {**known, **changed_since(model)}
+    if is_diffusers:
+        attributes.update(changed_attributes(model, build_on_meta(type(model), own_config(model))))
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in sorted(attributes.items())}

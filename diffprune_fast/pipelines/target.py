@@ -1,0 +1,61 @@
+"""What a user gives to be pruned, a model or a pipeline: the module, and what it is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..objective.isolation import unwrapped
+from ..result import PruneResult
+from .components import find_component, is_pipeline, put_back
+from .encoding import encoded
+
+
+@dataclass(frozen=True)
+class Target:
+    """The module to prune, inside a pipeline or alone.
+
+    loader: batches that fit the module. scheduler: that of its training, None where nothing says. pipeline, component:
+    where the module is a part of one.
+    """
+
+    model: nn.Module
+    loader: Iterable[Any] | None
+    scheduler: Any = None
+    pipeline: Any = None
+    component: str | None = None
+
+    def put_back(self, result: PruneResult) -> PruneResult:
+        """The result with the pruned module in its pipeline; as it is where there is none."""
+        return result if self.component is None else put_back(self.pipeline, self.component, result)
+
+
+def find_target(
+    model: Any, component: str | None, loader: Iterable[Any] | None, options: Mapping[str, Any] | None = None
+) -> Target:
+    """The module to prune and what it is scored with.
+
+    A component is trained with its pipeline's scheduler, on what VAE and text encoders make of the loader's batches
+    (a ``loss_fn`` gets them as they are). A model that is no pipeline is all there is; inside ``torch.compile`` or
+    DistributedDataParallel it is the module in there. options: ``scheduler`` and ``loss_fn``, as for scoring.
+
+    Raises ValueError for a component that isn't there, TypeError for what is neither a module nor a pipeline.
+    """
+    given = options or {}
+    scheduler = given.get("scheduler")
+    if not is_pipeline(model):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"the model is a {type(model).__name__}: give a torch.nn.Module or a diffusers pipeline, loaded with "
+                "its from_pretrained()"
+            )
+        if component is not None:
+            raise ValueError(f"component={component!r} is for pipelines; {type(model).__name__} is none")
+        return Target(unwrapped(model), loader, scheduler)
+    name, module = find_component(model, component)
+    if loader is not None and given.get("loss_fn") is None:
+        loader = encoded(model, loader, name)
+    return Target(module, loader, given.get("scheduler", getattr(model, "scheduler", None)), model, name)

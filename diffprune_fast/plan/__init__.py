@@ -1,0 +1,28 @@
+"""What goes together in a model, as data."""
+
+from __future__ import annotations
+
+from .blocks import Block
+from .constraints import violations
+from .keep_sets import Sliced, sliced_shapes
+from .lattice import Lattice, lattice
+from .plan import Attribute, Complexity, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix, unreached
+
+__all__ = [
+    "Attribute",
+    "Block",
+    "Complexity",
+    "Constraint",
+    "Cost",
+    "Extents",
+    "Group",
+    "Lattice",
+    "Member",
+    "Plan",
+    "ScaleFix",
+    "Sliced",
+    "lattice",
+    "sliced_shapes",
+    "unreached",
+    "violations",
+]

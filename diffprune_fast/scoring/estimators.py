@@ -1,0 +1,296 @@
+"""The estimators that draw fresh images, noise and timesteps for every sample, and stop when their halves agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..objective.batches import Batches, count
+from ..objective.loss import Objective
+from ..objective.nested import moved
+from ..objective.randomness import NOISE, TIMESTEPS, generator_for, stratified
+from ..objective.ranks import rank_and_count, summed_over_ranks
+from ..ops.channel_scores import channel_scores_
+from ..plan.plan import Plan
+from .scores import keep_set_agreement
+from .tables import UnitTable
+
+# Gradients are turned into scores when this much of them has gathered: enough for one launch to be worth it.
+BUCKET_BYTES = 32 << 20
+
+
+# Micro-batches between two looks at the agreement. Fixed, whatever the number of ranks, so that all stop alike.
+CHECK_EVERY = 8
+
+
+MIN_BATCHES = 16
+
+
+@dataclass
+class Work:
+    """What every estimator needs: the model with its stand-in parameters, the plan, where the images come from."""
+
+    model: nn.Module
+    plan: Plan
+    objective: Objective
+    batches: Batches
+    parameters: Mapping[str, nn.Parameter]
+    device: torch.device
+    seed: int
+    autocast: torch.dtype | None = None
+    backend: str = "auto"
+    progress: bool = True
+    _failed: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._failed = torch.zeros(self.objective.n_timesteps, dtype=torch.int32, device=self.device)
+
+    def new_scores(self) -> Tensor:
+        """``(n_units,)`` zeros, in double precision where the device has it."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.zeros(self.plan.n_units, dtype=dtype, device=self.device)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def losses(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
+        """``(batch,)`` losses, or a scalar where a ``loss_fn`` has no more. The host doesn't wait for the device.
+
+        A NaN or infinite one is remembered until :meth:`check_losses`. Raises ValueError where nothing can be
+        differentiated.
+        """
+        with self.precision():
+            losses = self.objective.loss(self.model, batch, t, noise, reduction="none")
+        if torch.is_grad_enabled() and not losses.requires_grad:
+            raise ValueError("the loss doesn't depend on the model's parameters: there is no gradient to score with")
+        bad = ~torch.isfinite(losses.detach())
+        self._failed.index_add_(0, t, (bad if bad.shape == t.shape else bad.any().expand(len(t))).int())
+        return losses
+
+    def mean_loss(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
+        return self.losses(batch, t, noise).mean()
+
+    def check_losses(self) -> None:
+        """Raise FloatingPointError, naming the timesteps, if a loss since the start was NaN or infinite."""
+        steps = self._failed.nonzero().flatten().tolist()
+        if steps:
+            raise FloatingPointError(f"NaN or infinite loss at timesteps {steps[:8]}")
+
+    def draw(self, k: int, size: int, allowed: np.ndarray) -> tuple[Any, Tensor, Tensor]:
+        """Micro-batch ``k``: images, timesteps and noise, the same on any number of ranks."""
+        batch = moved(self.batches.take(size), self.device)
+        noise = self.objective.noise(batch, generator_for(self.seed, NOISE, k))
+        t = stratified(allowed, count(batch), generator_for(self.seed, TIMESTEPS, k))
+        return batch, t.to(self.device, non_blocking=True), noise
+
+
+class Collector(Protocol):
+    """Adds up micro-batches in two halves, odd and even. Adding waits for nothing; asking for sums looks at them.
+
+    Asking raises FloatingPointError, naming the parameter, where a gradient was NaN or infinite.
+    """
+
+    def add(self, k: int, loss: Callable[[], Tensor]) -> None: ...
+
+    def halves(self) -> Tensor:
+        """``(2, n_units)``; what the two halves alone say."""
+        ...
+
+    def total(self) -> Tensor:
+        """``(n_units,)``; what both say together."""
+        ...
+
+
+class MicroScores:
+    """``sum over micro-batches of |theta * g|``; gradients are consumed as soon as backward has made them.
+
+    Hooks gather gradients into buckets; a full bucket becomes unit scores and its memory is given back, so that the
+    gradients of the whole model are never there at once. Micro-batches are kept until their scores were seen to be
+    finite, so that one that isn't can be walked again.
+    """
+
+    def __init__(self, work: Work, table: UnitTable, element: str, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._work, self._table, self._element = work, table, element
+        self._bucket_bytes = bucket_bytes
+        self._current = work.new_scores()
+        self._halves = torch.stack([self._current, self._current])
+        self._unseen: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self._waiting: list[str] = []
+        self._bytes = 0
+
+    def add(self, k: int, loss: Callable[[], Tensor]) -> None:
+        self._current.zero_()
+        with GradientHooks(self._work.parameters, self._arrived):
+            loss().backward()
+            self._flush()
+        self._unseen.append((torch.isfinite(self._current).all(), loss))
+        # "signed" scores are only added up within a micro-batch: the sum over micro-batches is of absolute values.
+        self._halves[k % 2] += self._current.abs()
+
+    def halves(self) -> Tensor:
+        if self._unseen:
+            finite = torch.stack([found for found, _ in self._unseen]).tolist()
+            if not all(finite):
+                self._blame(self._unseen[finite.index(False)][1])
+            self._unseen.clear()
+        return summed_over_ranks(self._halves)
+
+    def total(self) -> Tensor:
+        return self.halves().sum(0)
+
+    def _arrived(self, name: str, p: Tensor) -> None:
+        assert p.grad is not None
+        self._waiting.append(name)
+        self._bytes += p.grad.nbytes
+        if self._bytes >= self._bucket_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        add_scores(self._current, self._work, self._table, self._waiting, self._element)
+        for name in self._waiting:
+            self._work.parameters[name].grad = None
+        self._waiting, self._bytes = [], 0
+
+    def _blame(self, loss: Callable[[], Tensor]) -> None:
+        """Walk the same micro-batch again and name the first gradient in backward's order that is not finite."""
+        bad: list[str] = []
+
+        def look(name: str, p: Tensor) -> None:
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                bad.append(name)
+            p.grad = None
+
+        with GradientHooks(self._work.parameters, look):
+            loss().backward()
+        raise FloatingPointError(_not_finite(bad[0] if bad else "one parameter or its score"))
+
+
+class MeanGradient:
+    """``|theta * sum of g|``: the paper's formula on batches of mixed timesteps. Holds two sets of gradients."""
+
+    def __init__(self, work: Work, table: UnitTable, element: str) -> None:
+        self._work, self._table, self._element = work, table, element
+        self._gradients: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+
+    def add(self, k: int, loss: Callable[[], Tensor]) -> None:
+        half = self._gradients[k % 2]
+        for name, p in self._work.parameters.items():
+            p.grad = half.get(name)
+        loss().backward()
+        half.update({name: p.grad for name, p in self._work.parameters.items() if p.grad is not None})
+
+    def halves(self) -> Tensor:
+        return torch.stack([self._scores(half) for half in self._gradients])
+
+    def total(self) -> Tensor:
+        even, odd = self._gradients
+        both = {n: even[n] + odd[n] if n in even and n in odd else even.get(n, odd.get(n)) for n in {**even, **odd}}
+        return self._scores({n: g for n, g in both.items() if g is not None})
+
+    def _scores(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        for name, p in self._work.parameters.items():
+            p.grad = gradients.get(name)
+        return gathered_scores(self._work, self._table, self._element)
+
+
+def until_agreed(
+    work: Work,
+    collector: Collector,
+    *,
+    allowed: np.ndarray,
+    micro_batch: int,
+    min_samples: int,
+    max_samples: int,
+    agreement: float,
+    agreement_ratio: float,
+    split_ranks: bool,
+) -> tuple[np.ndarray, int, float | None]:
+    """Feed micro-batches to ``collector`` until its halves' keep-sets agree twice running.
+
+    At least ``min_samples`` and 16 micro-batches, at most ``max_samples``. Returns the scores per micro-batch,
+    ``(n_units,)``; the samples used, of all ranks; the last agreement (None for a single micro-batch).
+    """
+    from tqdm.auto import tqdm
+
+    most = max(1, -(-max_samples // micro_batch))
+    least = min(most, max(MIN_BATCHES, -(-min_samples // micro_batch)))
+    rank, ranks = rank_and_count() if split_ranks else (0, 1)
+    samples, good, found = 0, 0, None
+    with tqdm(total=most * micro_batch, desc="scoring", unit="sample", disable=not work.progress or rank > 0) as bar:
+        for k in range(most):
+            batch, t, noise = work.draw(k, micro_batch, allowed)
+            if k % ranks == rank:
+                collector.add(k, partial(work.mean_loss, batch, t, noise))
+            samples += count(batch)
+            bar.update(count(batch))
+            done = k + 1
+            if done % CHECK_EVERY and done != most:
+                continue
+            work.check_losses()
+            if done > 1:
+                a, b = collector.halves().double().cpu().numpy()
+                found = keep_set_agreement(work.plan, a, b, agreement_ratio)
+                bar.set_postfix(agreement=f"{found:.3f}")
+                good = good + 1 if found >= agreement else 0
+            if done >= least and good >= 2:
+                bar.total = bar.n
+                break
+        total = collector.total().double().cpu().numpy() / done
+    return total, samples, found
+
+
+def gathered_scores(work: Work, table: UnitTable, element: str) -> Tensor:
+    """``(n_units,)`` scores of the gradients that the stand-ins hold; ``"signed"`` ones as absolute values.
+
+    Raises FloatingPointError naming the parameter whose gradient is not finite.
+    """
+    scores = work.new_scores()
+    there = [n for n in table.parameters if work.parameters[n].grad is not None]
+    add_scores(scores, work, table, there, element)
+    if not bool(torch.isfinite(scores).all()):
+        bad = [n for n in there if not bool(torch.isfinite(work.parameters[n].grad).all())]  # type: ignore[arg-type]
+        raise FloatingPointError(_not_finite(bad[0] if bad else "one parameter or its score"))
+    return scores.abs()
+
+
+def add_scores(scores: Tensor, work: Work, table: UnitTable, parameters: list[str], element: str) -> None:
+    """Add what some parameters and their gradients say to ``scores``."""
+    names, entries = table.subset(parameters)
+    if not names:
+        return
+    thetas = [work.parameters[n].detach() for n in names]
+    grads = [work.parameters[n].grad for n in names]
+    channel_scores_(scores, thetas, grads, entries, criterion=element, backend=work.backend)  # type: ignore[arg-type]
+
+
+class GradientHooks:
+    """While inside, ``call(name, parameter)`` whenever a parameter's gradient is complete."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], call: Callable[[str, Tensor], None]) -> None:
+        self._parameters, self._call = parameters, call
+
+    def __enter__(self) -> None:
+        self._handles = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._call(name, p))
+            for name, p in self._parameters.items()
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _not_finite(name: str) -> str:
+    return (
+        f"the gradient of {name} is NaN or infinite: try the model in single precision or autocast='bf16', "
+        "and look for images that are out of range"
+    )

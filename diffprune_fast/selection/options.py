@@ -1,0 +1,20 @@
+"""The choices of :func:`select`, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from ..choices import Offsets, RankingName, Rounding
+
+
+class SelectOptions(TypedDict, total=False):
+    """The keywords of :func:`select` that :func:`score_and_prune` hands on."""
+
+    ranking: RankingName | None
+    round_to: int | None
+    offsets: Offsets
+    rounding: Rounding | None
+    ratios: Mapping[str, float] | None
+    ignore: Sequence[str]
+    max_ratio: float

@@ -1,0 +1,286 @@
+"""``select``: from a plan, its scores and a budget to the keep-sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..choices import NormGroups, Offsets, RankingName, Rounding, check_choice
+from ..plan.lattice import Lattice, Ranking, lattice, rank_units
+from ..plan.plan import Plan
+from . import search
+from .budgets import UNITS, Budget, BudgetError, check_number, check_ratio, match_groups, parse_budget
+from .ranking import check_scores, normalised
+
+if TYPE_CHECKING:
+    from ..scoring.scores import Scores
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which units stay, with what was asked and what was met.
+
+    keep: every group's name to the sorted int64 indices of its units that stay. asked, met: the budget, in words.
+    notes: everything in which the result departs from the request (rounding, constraints, ties between groups).
+    """
+
+    keep: dict[str, np.ndarray]
+    asked: str
+    met: str
+    norm_groups: NormGroups
+    ranking: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        head = f"asked: {self.asked}\nmet:   {self.met}\n{self.ranking} ranking, norm groups: {self.norm_groups}"
+        return "\n".join([head, *(f"note:  {note}" for note in self.notes)])
+
+
+def select(
+    plan: Plan,
+    scores: Scores | np.ndarray,
+    *,
+    ratio: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    ranking: RankingName | None = None,
+    round_to: int | None = 8,
+    norm_groups: NormGroups = "count",
+    offsets: Offsets = "independent",
+    rounding: Rounding | None = None,
+    ratios: Mapping[str, float] | None = None,
+    ignore: Sequence[str] = (),
+    max_ratio: float = 0.9,
+) -> Selection:
+    """Choose the units that stay so that the budget is met and every constraint holds.
+
+    scores: ``(plan.n_units,)`` by plan-wide unit id; the lowest go first.
+    ratio: share of units that goes (0.3 when no budget is given). params, macs: what stays, as a share (0.5) or a
+    number (3_400_000_000); met from below. One of the three.
+    ranking: ``"local"`` takes the same share of every group, ``"global"`` compares scores between groups, each divided
+    by its group's mean. None: local for a ratio, global for params and macs.
+    round_to: widths become multiples of so many channels where the constraints leave that choice; None or 1: any.
+    norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
+    offsets: ``"independent"`` keeps equally many units in every norm group or head, ``"same"`` the same offsets.
+    rounding: ``"reference"`` removes ``int(ratio * n)`` of the n units of a group, or of each norm group's or head's
+    share of it, as the method's published code does; local ratio and ``norm_groups="count"`` only, without round_to.
+    ratios: shares for groups by name pattern (``fnmatch`` on group and parameter names; the first that matches counts;
+    0 keeps a group whole). ignore: patterns of groups that stay whole.
+    max_ratio: the most that a global ranking, or any params or MACs budget, takes from one group.
+
+    Raises BudgetError for a budget out of reach, saying how far one can get; ValueError or TypeError for wrong options,
+    scores of another plan or scores that aren't finite.
+
+    Source: Fang, Ma and Wang, "Structural Pruning for Diffusion Models", NeurIPS 2023 (local ratio).
+    """
+    budget = parse_budget({"ratio": ratio, "params": params, "macs": macs})
+    ranking = ranking or ("local" if budget.kind == "ratio" else "global")
+    _check_options(budget, ranking, round_to, norm_groups, rounding, max_ratio)
+    values = check_scores(plan, scores if isinstance(scores, np.ndarray) else scores.values)
+
+    allowed = lattice(plan, norm_groups, 1 if rounding == "reference" else round_to or 1)
+    order = rank_units(allowed, values, offsets)
+    own, notes = _own_ratios(plan, allowed, ratios or {}, ignore)
+    free = np.isnan(own) & np.array([len(c) > 1 for c in allowed.allowed], bool)
+    if not (free.any() or (own > 0).any()):
+        raise BudgetError(f"{budget} can't be met: no group of {plan.model_class} may be pruned ({_why(plan, ignore)})")
+
+    if budget.kind == "ratio" and ranking == "local":
+        shares = np.where(np.isnan(own), budget.value, own)
+        chosen = _by_ratio(allowed, shares, rounding)
+        if (chosen == allowed.levels).all():
+            raise BudgetError(f"{budget} removes nothing: {_smallest_step(allowed, free)}")
+    else:
+        chosen = _by_search(plan, allowed, order, values, budget, ranking, own, max_ratio)
+    counts = allowed.counts(chosen)
+    notes += _notes(plan, allowed, budget, chosen, free, rounding)
+    stays = order.kept(chosen)
+    keep = {g.name: np.flatnonzero(stays[plan.offsets[i] : plan.offsets[i + 1]]) for i, g in enumerate(plan.groups)}
+    asked, met = _words(plan, allowed, budget, counts, free)
+    return Selection(keep, asked, met, norm_groups, ranking, tuple(notes))
+
+
+def _check_options(
+    budget: Budget, ranking: str, round_to: int | None, norm_groups: NormGroups, rounding: str | None, max_ratio: float
+) -> None:
+    check_choice("ranking", ranking, RankingName)
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
+        raise ValueError(f"round_to={round_to!r}: give a number of channels, 1 or more (8 suits most hardware)")
+    check_number("max_ratio", max_ratio)
+    check_ratio("max_ratio", max_ratio)
+    if rounding is not None:
+        check_choice("rounding", rounding, Rounding)
+    if rounding == "reference" and (budget.kind != "ratio" or ranking != "local" or norm_groups != "count"):
+        raise ValueError(
+            "rounding='reference' describes a local ratio with norm_groups='count'; "
+            f"leave it out for {budget}, {ranking} ranking, norm_groups={norm_groups!r}"
+        )
+
+
+def _own_ratios(
+    plan: Plan, of: Lattice, ratios: Mapping[str, float], ignore: Sequence[str]
+) -> tuple[np.ndarray, list[str]]:
+    """The ratio that patterns ask of each cluster, ``(n_clusters,)`` with NaN where none does, and what to note."""
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore={ignore!r}: give a list of patterns, [{ignore!r}]")
+    for pattern, value in ratios.items():
+        check_number(f"ratios[{pattern!r}]", value)
+        check_ratio(f"ratios[{pattern!r}]", value, none_allowed=True)
+    own = np.full(len(plan.groups), np.nan)
+    masks = match_groups(plan, list(ratios), "ratios")
+    for mask, value in reversed(list(zip(masks, ratios.values(), strict=True))):
+        own[mask] = value
+    for mask in match_groups(plan, ignore, "ignore"):
+        own[mask] = 0.0
+    lowest = np.full(len(of.levels), np.inf)
+    np.fmin.at(lowest, of.cluster, own)
+    lowest[np.isinf(lowest)] = np.nan
+    tied = lowest[of.cluster]
+    differs = ~((own == tied) | (np.isnan(own) & np.isnan(tied)))
+    notes = []
+    if differs.any():
+        notes.append(
+            f"{_named(plan, differs)} follow the ratio of groups that a constraint ties them to "
+            f"(the smallest among them: {', '.join(sorted({f'{t:g}' for t in tied[differs]}))})"
+        )
+    return lowest, notes
+
+
+def _by_ratio(of: Lattice, shares: np.ndarray, rounding: str | None) -> np.ndarray:
+    chosen = np.empty(len(of.levels), np.int64)
+    for c, (choices, q, share) in enumerate(zip(of.allowed, of.levels.tolist(), shares.tolist(), strict=True)):
+        if rounding == "reference" and len(choices) > 1:
+            step = int(choices[-1] - choices[-2])
+            chosen[c] = max(q - step * int(share * (q // step)), choices[0])
+        else:
+            chosen[c] = search.nearest(choices, (1 - share) * q)
+    return chosen
+
+
+def _by_search(
+    plan: Plan,
+    of: Lattice,
+    order: Ranking,
+    values: np.ndarray,
+    budget: Budget,
+    ranking: str,
+    own: np.ndarray,
+    max_ratio: float,
+) -> np.ndarray:
+    choices = []
+    for c, all_of_it in enumerate(of.allowed):
+        if np.isnan(own[c]):
+            choices.append(all_of_it[all_of_it >= (1 - max_ratio) * of.levels[c] - 1e-9])
+        else:
+            choices.append(search.nearest(all_of_it, (1 - own[c]) * of.levels[c]).reshape(1))
+    if ranking == "global":
+        level_scores = order.level_scores(normalised(plan, values))
+    else:  # a level's place in its cluster in place of its score: one threshold takes the same share everywhere
+        starts = np.cumsum(of.levels) - of.levels
+        level_scores = (np.arange(int(of.levels.sum())) - np.repeat(starts, of.levels) + 0.5) / np.repeat(
+            of.levels, of.levels
+        )
+    free = np.isnan(own)[of.cluster] & np.array([len(c) > 1 for c in of.allowed], bool)[of.cluster]
+    if budget.kind == "ratio":
+        whole = int(of.group_sizes[free].sum())
+        limit = (1 - budget.value) * whole
+
+        def cost(counts: np.ndarray) -> float:
+            return float(counts[free].sum())
+    else:
+        of_plan = plan.params if budget.kind == "params" else plan.macs
+
+        def cost(counts: np.ndarray) -> float:
+            return float(of_plan(counts))
+
+        whole = of_plan()
+        limit = budget.limit(whole)
+        if limit >= whole:
+            raise BudgetError(
+                f"{budget} asks for nothing: {plan.model_class} has {whole:,} {UNITS[budget.kind]}; "
+                "ask for fewer, or for a share between 0 and 1"
+            )
+    try:
+        return search.meet(of, choices, level_scores, cost, limit)
+    except search.Unreachable as e:
+        raise BudgetError(_unreachable(budget, whole, e.least, max_ratio)) from None
+
+
+def _unreachable(budget: Budget, whole: int, least: float, max_ratio: float) -> str:
+    what = UNITS.get(budget.kind, "units")
+    reach = f"{int(least):,} of {whole:,} {what} ({least / max(whole, 1):.3f})"
+    if budget.kind == "ratio":
+        reach += f", a ratio of {1 - least / max(whole, 1):.3f}"
+    return (
+        f"{budget} can't be met: with these constraints, patterns, rounding and max_ratio={max_ratio:g} one gets down "
+        f"to {reach}"
+    )
+
+
+def _smallest_step(of: Lattice, free: np.ndarray) -> str:
+    steps = [1 - c[-2] / q for c, q, f in zip(of.allowed, of.levels.tolist(), free, strict=True) if f]
+    if not steps:
+        return "the groups that may be pruned have ratios of their own that round to nothing"
+    return f"the finest step that constraints and rounding allow removes {min(steps):.3f} of a group"
+
+
+def _why(plan: Plan, ignore: Sequence[str]) -> str:
+    if not plan.groups:
+        reasons = sorted(set(plan.frozen.values()))
+        return "everything is frozen" + (f": {reasons[0]}" if reasons else "")
+    return "ignore names all that could be" if ignore else "constraints tie everything to channels that must stay"
+
+
+def _words(plan: Plan, of: Lattice, budget: Budget, counts: np.ndarray, free: np.ndarray) -> tuple[str, str]:
+    params, macs = plan.params(counts), plan.macs(counts)
+    all_params, all_macs = plan.params(), plan.macs()
+    cost = (
+        f"{params / 1e6:.2f}M of {all_params / 1e6:.2f}M parameters ({params / max(all_params, 1):.3f}), "
+        f"{macs / 1e9:.4g} of {all_macs / 1e9:.4g} GMACs ({macs / max(all_macs, 1):.3f})"
+    )
+    if budget.kind == "ratio":
+        return f"{budget} of the units", f"ratio={_removed(of, counts, free):.3f} of the units; {cost}"
+    whole = all_params if budget.kind == "params" else all_macs
+    return f"{budget} ({int(budget.limit(whole)):,} of {whole:,})", cost
+
+
+def _removed(of: Lattice, counts: np.ndarray, free: np.ndarray) -> float:
+    """The share of units that goes, of the groups that the budget may take from."""
+    sizes, mine = of.group_sizes, free[of.cluster]
+    return 1 - float(counts[mine].sum()) / float(sizes[mine].sum()) if mine.any() else 0.0
+
+
+def _notes(
+    plan: Plan, of: Lattice, budget: Budget, chosen: np.ndarray, free: np.ndarray, rounding: str | None
+) -> list[str]:
+    notes = []
+    met = _removed(of, of.counts(chosen), free)
+    if budget.kind == "ratio" and abs(met - budget.value) > 0.005:
+        why = "widths move in the steps that constraints"
+        why += f" and round_to={of.asked_rounding} allow" if of.asked_rounding > 1 else " allow"
+        if rounding == "reference":
+            why = "the reference rounds down, per norm group or head"
+        notes.append(f"{met:.1%} of the units go instead of {budget.value:.1%}: {why}")
+    tied = np.array([len(c) == 1 for c in of.allowed], bool)
+    whole = (chosen == of.levels) & free
+    if budget.kind == "ratio" and whole.any():
+        notes.append(f"{_named(plan, whole[of.cluster])} stay whole: their next step is further than the asked ratio")
+    if tied.any():
+        notes.append(f"{_named(plan, tied[of.cluster])} stay whole: constraints leave them no other width")
+    loose = (of.rounded < of.asked_rounding) & ~tied & (chosen < of.levels)
+    if loose.any():
+        to = ", ".join(str(r) for r in np.unique(of.rounded[loose]))
+        notes.append(
+            f"{_named(plan, loose[of.cluster])}: widths are multiples of {to}, not of {of.asked_rounding}; "
+            "constraints leave no such choice"
+        )
+    return notes
+
+
+def _named(plan: Plan, mask: np.ndarray) -> str:
+    names = [plan.groups[g].name for g in np.flatnonzero(mask)]
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} group{'s' if len(names) > 1 else ''} ({shown})"

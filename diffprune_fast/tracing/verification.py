@@ -1,0 +1,156 @@
+"""The gate: a sliced model, walked with the labels of the channels that it kept, must agree with its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..choices import NormGroups
+from ..plan.keep_sets import Sliced, alive_units, sliced_shapes
+from ..plan.plan import Plan
+from .channels import Nodes, units_of_nodes
+from .errors import TraceError, where_in
+from .graph import Graph
+from .grouping import free_rows
+from .records import Calls, Step
+from .steps import changed
+from .tracer import Tracer, follow
+from .walk import Walk
+
+
+class GateError(ValueError):
+    """The sliced model would not run, or its channels would not go together as the plan says.
+
+    nodes: the channels that the failure concerns. sizes: the sizes that the failing operation was asked for.
+    """
+
+    def __init__(self, message: str, nodes: np.ndarray, sizes: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.nodes = nodes
+        self.sizes = sizes
+
+
+class Gate(Graph):
+    """A graph that compares instead of collecting: every meeting must be one that the plan allows."""
+
+    def __init__(self, nodes: Nodes, plan: Plan, sliced: Sliced, norm_groups: NormGroups) -> None:
+        super().__init__(nodes.total)
+        self.norm_groups = norm_groups
+        self.unit_of = units_of_nodes(plan, nodes)
+        self.alive = alive_units(plan, sliced.keep)
+        self.allowed = {self._key(c.kind, c.rows) for c in plan.constraints}
+
+    def _key(self, kind: str, rows: np.ndarray) -> tuple[str, bytes]:
+        """Rows with what stays of them; an instance norm, and a norm in "count" mode, have no rows to keep apart."""
+        left = [row[self.alive[row]] for row in rows]
+        if kind == "instance_norm" or (kind == "norm" and self.norm_groups == "count"):
+            return kind, np.concatenate(left).tobytes()
+        return kind if "norm" in kind else "", b"|".join([row.tobytes() for row in left])
+
+    def constrain(self, kind: str, place: str, rows: np.ndarray) -> None:
+        super().constrain(kind, place, rows)
+        units = free_rows(kind, self.unit_of[rows])
+        if (units < 0).all() or ("norm" not in kind and (units == units[:, :1]).all()):
+            return
+        if kind == "instance_norm":  # or a norm that keeps one channel in each group
+            if self._key(kind, units) in self.allowed or self._key("norm", units) in self.allowed:
+                return
+        elif units.shape[0] == 1 or self._key(kind, units) in self.allowed:
+            return
+        what = "norm groups" if "norm" in kind else "rows"
+        message = f"after slicing, the {what} of {place} would hold other channels than before"
+        raise GateError(message, rows.reshape(-1), rows.shape[1:])
+
+    def goes_whole(self, rows: np.ndarray, n_heads: int, module: str) -> bool:
+        """The plan knows: a row's channels are one unit."""
+        units = self.unit_of[rows]
+        return bool((units >= 0).all() and (units == units[:, :1]).all())
+
+    def compare(self) -> None:
+        """All edges join channels of one unit (or channels that stay); all that is frozen stays."""
+        for a, b, place in self.edges:
+            if not np.array_equal(self.unit_of[a], self.unit_of[b]):
+                raise GateError(
+                    f"after slicing, {place} would bring together channels that don't belong together",
+                    np.concatenate([a, b]),
+                )
+        for a, reason in self.frozen:
+            if (self.unit_of[a] >= 0).any():
+                raise GateError(f"after slicing, a channel that was removed elsewhere {reason}", a)
+
+
+@contextmanager
+def _attributes_set(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """The new attribute values for the time of a walk."""
+    modules = dict(model.named_modules())  # get_submodule walks the path anew for each of a thousand attributes
+    owners = [(modules[path.rpartition(".")[0]], path.rpartition(".")[2]) for path in attributes]
+    old = [getattr(module, name) for module, name in owners]
+    try:
+        for (module, name), value in zip(owners, attributes.values()):
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name), value in zip(owners, old):
+            setattr(module, name, value)
+
+
+def pass_gate(
+    model: nn.Module,
+    plan: Plan,
+    sliced: Sliced,
+    norm_groups: NormGroups,
+    calls: Calls,
+    steps: Sequence[Step] | None = None,
+) -> None:
+    """Walk the sliced model on meta against the plan; nothing of the model changes.
+
+    steps: what the unsliced model computes in these calls; without them it is walked as well.
+
+    Raises:
+        GateError: it would not run, or channels, norm groups, heads or numbers would not be what they were.
+    """
+    nodes = Nodes.of(model)
+    steps = _unsliced(model, plan, nodes, norm_groups, calls) if steps is None else steps
+    gate = Gate(nodes, plan, sliced, norm_groups)
+    tracer = Tracer(model, nodes, gate)
+    walk = tracer.walk
+    with _attributes_set(model, sliced.attributes):
+        try:
+            tracer.run(model, calls, sliced.kept)
+        except GateError:
+            raise
+        except Exception as error:
+            where = where_in(walk.module, error)
+            raise GateError(
+                f"the sliced {type(model).__name__} would not run: {error or type(error).__name__}{where}. Its forward "
+                "reads a size from elsewhere; keep the groups that it concerns whole (ignore=[...])",
+                *_failed(walk),
+            ) from error
+    gate.compare()
+    found = changed(steps, walk.steps)
+    if found is not None:
+        step, what = found
+        message = f"after slicing, {what} used in {step.place} would change: it follows the width of the model"
+        raise GateError(message, step.nodes)
+
+
+def _unsliced(model: nn.Module, plan: Plan, nodes: Nodes, norm_groups: NormGroups, calls: Calls) -> list[Step]:
+    """What the model computes as it is."""
+    whole = Gate(nodes, plan, sliced_shapes(model, plan, {}), norm_groups)
+    try:
+        return follow(model, nodes, whole, calls).steps
+    except TraceError as error:
+        raise GateError(str(error), np.zeros(0, np.int32)) from error
+
+
+def _failed(walk: Walk) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The channels of the operation that failed, and the sizes that it was asked for."""
+    args = walk.failed if walk.failed is not None else ()
+    labels = [walk.labels(t) for t in walk.tensors(list(args))]
+    nodes = [x.reshape(-1) for found in labels if found is not None for x in found.layers]
+    sizes = [n for a in args if isinstance(a, (list, tuple)) for n in a if isinstance(n, int)]
+    return np.concatenate(nodes) if nodes else np.zeros(0, np.int32), tuple(sizes)

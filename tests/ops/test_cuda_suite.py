@@ -1,0 +1,92 @@
+"""The scripts around the GPU kernels: what they refuse, and what they make of a run's rows."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SUITE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SUITE))
+    return importlib.import_module(name)
+
+
+def test_a_triton_variant_compiles_for_nvidia_and_amd_without_spills() -> None:
+    pytest.importorskip("triton")
+    code = (
+        "import compile_ahead as c, json; v = [v for v in c.variants(True) if v.get('same_order')][0];"
+        "print(json.dumps([c.compile_one((v, t, None)) | {'problem': c.problem(c.compile_one((v, t, None)))}"
+        " for t in (c.TARGETS[1], c.TARGETS[3])]))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{SUITE}:{SUITE.parents[1]}", "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert [row["target"] for row in rows] == ["cuda:90", "hip:gfx942"]
+    assert [row["problem"] for row in rows] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"spills": 8}, "spills 8 bytes"), ({"vector_loads": 0}, "no 16-byte loads"), ({}, None)],
+    ids=["spill", "narrow", "good"],
+)
+def test_triton_variants_are_refused(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, int], words: str | None
+) -> None:
+    row: dict[str, Any] = {"variant": {"kernel": "pass_over_tensors", "same_order": True}, "spills": 0}
+    found = load("compile_ahead", monkeypatch).problem(row | {"vector_loads": 4} | change)
+    assert found is None if words is None else words in found
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"spills": 4}, "spills"), ({"local": 1}, "spills"), ({"reads_16": 3}, "3 of 4"), ({"writes_16": 0}, "write")],
+    ids=["spill", "local memory", "narrow reads", "narrow writes"],
+)
+def test_machine_code_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict[str, int], words: str) -> None:
+    check = load("check_machine_code", monkeypatch)
+    good = {"spills": 0, "stack": 0, "local": 0, "reads_16": 4, "writes_16": 1}
+    assert check.problem(good) is None
+    assert words in check.problem(good | change)
+
+
+def test_the_report_says_which_aims_were_met(tmp_path: Path) -> None:
+    labels = {"operation": "channel_scores", "model": "sd15", "dtype": "float32"}
+    rows = [
+        {**labels, "provider": "ours", "ms": 2.0, "of_copy": 0.9},
+        {**labels, "provider": "reference", "ms": 10.0},
+        {"operation": "slice_channels", "model": "sd15", "dtype": "float32", "provider": "ours", "problem": "E: no"},
+    ]
+    steps = tmp_path / "steps"
+    steps.mkdir()
+    (steps / "01.json").write_text(json.dumps({"step": "kernels", "about": {"device": "a card"}, "rows": rows}))
+    subprocess.run([sys.executable, str(SUITE / "report.py"), str(steps), str(tmp_path)], check=True)
+    text = (tmp_path / "results.md").read_text()
+    assert "| channel_scores on sd15: of copy bandwidth | >= 0.85 | 0.9 | met |" in text
+    assert "| channel_scores on sd15: times plain PyTorch | >= 10 | 5 | not met |" in text
+    assert "| slice_channels on sd15: times Torch-Pruning | >= 50 | not measured |  |" in text
+    assert "E: no" in text
+    assert json.loads((tmp_path / "results.json").read_text())["steps"][0]["rows"] == rows
+
+
+def test_a_rehearsal_claims_nothing(tmp_path: Path) -> None:
+    row = {"operation": "channel_scores", "model": "sd15", "dtype": "float32", "provider": "ours", "of_copy": 0.9}
+    (tmp_path / "01.json").write_text(json.dumps({"step": "k", "about": {}, "rehearsal": True, "rows": [row]}))
+    out = tmp_path / "out"
+    out.mkdir()
+    subprocess.run([sys.executable, str(SUITE / "report.py"), str(tmp_path), str(out)], check=True)
+    text = (out / "results.md").read_text()
+    assert "No figure means anything" in text
+    assert "met |" not in text
