@@ -198,6 +198,8 @@ def run(args: argparse.Namespace, amounts: Amounts) -> Results:
                 missing.add(str(error))
     for why in sorted(missing):
         print(f"left out: {why}")
+    if missing and args.quick:
+        sys.exit("a quick run has to try everything")
     return results
 
 
