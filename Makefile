@@ -8,9 +8,10 @@ VENV ?= .venv
 #   make test TORCH="torch>=2.6"                                                 whatever the index has newest
 TORCH ?= torch==2.13.0
 
-# Further arguments: make demo DEMO_ARGS=--quick; make examples EXAMPLE_ARGS=--quick; make test TEST_ARGS="tests/report/test_report.py -k table"
+# Further arguments: make demo DEMO_ARGS=--quick; make examples EXAMPLE_ARGS=--quick; make study STUDY_ARGS=--quick; make test TEST_ARGS="tests/report/test_report.py -k table"
 DEMO_ARGS ?=
 EXAMPLE_ARGS ?=
+STUDY_ARGS ?=
 TEST_ARGS ?=
 
 # Threads that wait must sleep: where others use the cores too, spinning makes a training step ten times slower
@@ -24,11 +25,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: help demo examples test sanitize lint format bench clean
+.PHONY: help demo examples study test sanitize lint format bench clean
 
 help:
 	@echo "make demo     prune a real model, compare it, write demo/report.html (about 6 minutes)"
 	@echo "make examples prune a GAN's generator and a VAE in plain PyTorch (about two minutes)"
+	@echo "make study    ways of pruning compared on four small models (many hours; goes on where it was stopped)"
 	@echo "make test     all tests"
 	@echo "make sanitize the C++ kernels, tested under ASan and UBSan"
 	@echo "make lint     ruff, mypy, clang-format: what a change has to pass"
@@ -47,9 +49,13 @@ $(VENV)/.demo: $(BUILD_FILES) $(VENV)/.torch
 	$(PIP) install --quiet --editable ".[demo]"
 	@touch $@
 
+$(VENV)/.study: $(VENV)/.demo
+	$(PIP) install --quiet --editable ".[study]"
+	@touch $@
+
 $(VENV)/.dev: $(BUILD_FILES) $(VENV)/.torch
-	$(PIP) install --quiet --editable ".[demo,test,dev]"
-	@touch $@ $(VENV)/.demo
+	$(PIP) install --quiet --editable ".[demo,study,test,dev]"
+	@touch $@ $(VENV)/.demo $(VENV)/.study
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits/demo.py --out demo $(DEMO_ARGS)
@@ -57,6 +63,9 @@ demo: $(VENV)/.demo
 examples: $(VENV)/.demo
 	$(BIN)/python examples/gan/gan.py --out demo/gan $(EXAMPLE_ARGS)
 	$(BIN)/python examples/vae/vae.py --out demo/vae $(EXAMPLE_ARGS)
+
+study: $(VENV)/.study
+	$(BIN)/python examples/study/study.py --out study $(STUDY_ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(TEST_ARGS)

@@ -1,0 +1,136 @@
+"""Every way of pruning that the study compares: the pieces of ``score_and_prune``, called one by one.
+
+Scores are the dear part and serve many budgets and allocations, so they are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from measures import Bench
+from models import Loader
+from torch import nn
+
+from diffprune_fast import PruneResult, Scores, prune, score, select, trace
+from diffprune_fast.recovery import finetune
+from diffprune_fast.slicing import dry_run
+
+# "micro" is Diff-Pruning as this library estimates it, "reference" as the method's published loop does.
+CRITERIA: Mapping[str, Mapping[str, str]] = {
+    "random": {"criterion": "random"},
+    "magnitude": {"criterion": "magnitude"},
+    "taylor": {"criterion": "taylor"},
+    "micro": {"criterion": "diff-pruning"},
+    "reference": {"criterion": "diff-pruning", "estimator": "reference"},
+}
+ALLOCATIONS = ("mean", "uniform", "gauss-newton")
+VARIANTS = ("plain", "heads rotated", "own samples")
+WITHOUT_DATA = ("random", "magnitude")
+
+
+class Missing(Exception):
+    """This version of the library can't do that yet."""
+
+
+class Pruner:
+    """Prunes copies of one dense model.
+
+    variant: "heads rotated" turns its heads' bases first; "own samples" uses images that it made in place of the data.
+    """
+
+    def __init__(self, bench: Bench, variant: str = "plain") -> None:
+        self.bench, self._own = bench, variant == "own samples"
+        self.dense = _rotated(bench) if variant == "heads rotated" else bench.dense
+        self._example = bench.subject.example(self.dense)
+        self.plan = trace(self.dense, self._example)
+        self._scores: dict[tuple[str, int], Scores] = {}
+
+    def scores(self, criterion: str, seed: int) -> Scores:
+        """A criterion's scores, with the damage that a Gauss-Newton allocation goes by where the library gives it."""
+        if (criterion, seed) not in self._scores:
+            found = self._scored(criterion, seed)
+            if criterion != "micro" and _has_damage():
+                found = dataclasses.replace(found, damage=self.scores("micro", seed).damage)
+            self._scores[criterion, seed] = found
+        return self._scores[criterion, seed]
+
+    def _loader(self, seed: int, batch: int | None = None) -> Loader:
+        return self.bench.loader(seed, batch=batch, own=self._own)
+
+    def _scored(self, criterion: str, seed: int) -> Scores:
+        bench, options = self.bench, dict[str, Any](CRITERIA[criterion])
+        if _has_damage():
+            options["damage"] = criterion == "micro"
+        batch = bench.amounts.reference_batch if criterion == "reference" else None
+        loader = None if criterion in WITHOUT_DATA else self._loader(seed, batch)
+        options |= {"max_samples": bench.amounts.scored, "seed": seed, "progress": False}
+        return score(self.dense, loader, self.plan, scheduler=bench.scheduler, **options)
+
+    def keep(self, criterion: str, allocation: str, budget: float, seed: int) -> Mapping[str, np.ndarray]:
+        """The units that stay at ``budget`` of the MACs."""
+        scores = self.scores(criterion, seed)
+        return select(self.plan, scores, macs=budget, **_allocated(allocation)).keep
+
+    def sliced(self, keep: Mapping[str, np.ndarray]) -> PruneResult:
+        return prune(self.dense, self.plan, keep, inplace=False, example_inputs=self._example)
+
+    def compensated(self, sliced: PruneResult, seed: int) -> nn.Module:
+        """The sliced model, its weights solved for what was removed."""
+        compensate = _library("compensation", "compensate")
+        model = copy.deepcopy(sliced.model)
+        kept = dry_run(self.dense, self.plan, sliced.keep, example_inputs=self._example).kept
+        how = {"scheduler": self.bench.scheduler, "seed": seed, "progress": False}
+        compensate(model, self.dense, self._loader(seed), kept=kept, **how)
+        return model
+
+    def distilled(self, model: nn.Module, seed: int) -> nn.Module:
+        """Trained towards the dense model's outputs."""
+        if "teacher" not in inspect.signature(finetune).parameters:
+            raise Missing("finetune takes no teacher")
+        return self._trained(model, seed, lr=self.bench.amounts.lr, teacher=self.dense)
+
+    def finetuned(self, model: nn.Module, seed: int, lr: float | None = None) -> nn.Module:
+        """Trained as diffusion models are."""
+        return self._trained(model, seed, lr=lr or self.bench.amounts.finetune_lr)
+
+    def _trained(self, model: nn.Module, seed: int, **options: Any) -> nn.Module:
+        model = copy.deepcopy(model)
+        bench, steps = self.bench, self.bench.amounts.trained_steps
+        finetune(model, self._loader(seed), bench.scheduler, steps=steps, seed=seed, progress=False, **options)
+        return model
+
+
+def _has_damage() -> bool:
+    return "damage" in inspect.signature(score).parameters
+
+
+def _allocated(allocation: str) -> dict[str, str]:
+    """Options of ``select``: every group the same share, or groups compared by mean or by Gauss-Newton."""
+    known = "allocation" in inspect.signature(select).parameters
+    if allocation == "uniform":
+        return {"ranking": "local"}
+    if known:
+        return {"ranking": "global", "allocation": allocation}
+    if allocation == "mean":
+        return {"ranking": "global"}
+    raise Missing(f"select knows no allocation {allocation!r}")
+
+
+def _library(room: str, name: str) -> Callable[..., Any]:
+    try:
+        return getattr(importlib.import_module(f"diffprune_fast.{room}"), name)
+    except (ModuleNotFoundError, AttributeError):
+        raise Missing(f"diffprune_fast.{room} has no {name}") from None
+
+
+def _rotated(bench: Bench) -> nn.Module:
+    rotate_heads = _library("rotation", "rotate_heads")
+    model = copy.deepcopy(bench.dense)
+    rotate_heads(model, trace(model, bench.subject.example(model)), bench.loader(0), scheduler=bench.scheduler)
+    return model
