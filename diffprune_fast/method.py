@@ -18,11 +18,12 @@ from .depth.shallower import Budget, shallower
 from .objective.batches import replayed
 from .objective.calls import first_call
 from .pipelines.encoding import example_call
-from .pipelines.target import Target, find_target
+from .pipelines.target import Target, are_prompts, find_target, own_loader
 from .plan.keep_sets import sliced_shapes
 from .plan.plan import Keep, Plan
 from .result import PruneResult, record
 from .rotation.rotate import rotated
+from .scoring.criteria import CRITERIA
 from .scoring.options import ScoreOptions
 from .scoring.score import score
 from .scoring.scores import rehearsed_scores
@@ -70,7 +71,9 @@ def score_and_prune(
             of which one component is pruned.
         loader: images as the model is trained on, ``(batch, channels, height, width)`` in [-1, 1]; also ``(images,
             labels)`` pairs or dicts with conditioning inputs; for a pipeline images and captions, see
-            :func:`~diffprune_fast.pipelines.encoded`.
+            :func:`~diffprune_fast.pipelines.encoded`. Without data: a list of prompts with a pipeline, or None with a
+            model that makes images of noise or of classes; then it makes 512 images itself, and the result says so.
+            None costs nothing where the criterion needs no data ("magnitude", "random").
         component: the name of that component; None is the denoiser.
         ratio, params, macs: the budget, one of them; nothing is ``ratio=0.3``.
         units: whether dims or whole heads of attentions go, see :func:`trace`.
@@ -116,6 +119,10 @@ def score_and_prune(
     budget: Budget = {"ratio": ratio, "params": params, "macs": macs}
     if drop_blocks is not None and plan is not None:
         raise ValueError("drop_blocks changes what goes together: leave out plan, it is traced without the blocks")
+    own = None
+    if are_prompts(loader) or (loader is None and _needs_data(scoring, compensate)):
+        how = {"seed": seed, "progress": scoring.get("progress", True)}
+        loader = own = own_loader(model, loader, scheduler=scoring.get("scheduler"), **how)
     target = find_target(model, component, loader, options)
     check_optimizer(target.model, optimizer, inplace)
     scoring["scheduler"] = target.scheduler
@@ -169,7 +176,14 @@ def score_and_prune(
                 solving={"mode": "auto" if compensate is True else compensate, **running},
             )
     seconds = {**laps.seconds, **result.seconds}
-    found = {"scores": scores, "selection": selection, "rotation": rotation, "seed": seed, "seconds": seconds}
+    found = {
+        "own_samples": 0 if own is None else own.n,
+        "scores": scores,
+        "selection": selection,
+        "rotation": rotation,
+        "seed": seed,
+        "seconds": seconds,
+    }
     return target.put_back(shallow.tell(record(result, **found)))
 
 
@@ -197,6 +211,13 @@ def _slice(
     for mine, solved in zip(result.model.parameters(), trial.model.parameters(), strict=True):
         mine.data.copy_(solved.data)
     return record(result, compensation=found, seconds=seconds)
+
+
+def _needs_data(scoring: Mapping[str, Any], compensate: CompensationMode | bool) -> bool:
+    """Whether without a loader the model has to make images itself: a loss of one's own needs one's own batches."""
+    asked = compensate not in (False, "auto")
+    rule = CRITERIA.get(scoring.get("criterion", "diff-pruning"))
+    return scoring.get("loss_fn") is None and (asked or (rule is not None and rule.needs_data))
 
 
 def _inputs(target: Target, given: Any, scoring: Mapping[str, Any], seed: int) -> tuple[Any, Iterable[Any] | None]:

@@ -30,7 +30,8 @@ class PruneResult:
     model: the pruned model. plan: the plan of the model as it was. keep: group name to the sorted unit indices that
     stay. before, after: what it cost and what it costs. shapes: every parameter and floating-point buffer after
     slicing. attributes: the module attributes that slicing changed (``"conv_in.out_channels"`` to the new value).
-    seconds: wall-clock time per stage. dropped: the residual blocks that were taken out first, blocks: what each would
+    seconds: wall-clock time per stage. own_samples: images that the model made itself, where there was no data.
+    dropped: the residual blocks that were taken out first, blocks: what each would
     have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them. rotation: the
     attention heads that got another basis first. compensation: the losses of the dense, the sliced and the compensated
     model, and the layers that were solved. pipeline,
@@ -49,6 +50,7 @@ class PruneResult:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
+    own_samples: int = 0
     dropped: tuple[str, ...] = ()
     blocks: BlockScores | None = None
     rotation: Rotation | None = None
@@ -93,6 +95,8 @@ class PruneResult:
         if self.dropped:
             lines.append(f"blocks dropped: {', '.join(self.dropped)}")
         lines.append(f"norm groups: {self.norm_groups}")
+        if self.own_samples:
+            lines.append(f"without data: from {self.own_samples} images that the model made itself")
         if self.scores is not None and self.scores.agreement is not None:
             lines.append(f"split-half agreement: {self.scores.agreement:.3f} after {self.scores.samples} samples")
         if self.rotation is not None:
@@ -123,6 +127,7 @@ def _provenance(result: PruneResult) -> dict[str, Any]:
         "keep": {name: pack_runs(units) for name, units in result.keep.items()},
         "norm_groups": result.norm_groups,
         "seed": result.seed,
+        "own_samples": result.own_samples,
         "before": {"params": result.before.params, "macs": result.before.macs},
         "after": {"params": result.after.params, "macs": result.after.macs},
         "seconds": dict(result.seconds),

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from ..evaluation.own_samples import OwnSamples
 from ..objective.isolation import unwrapped
 from ..result import PruneResult
 from .components import find_component, is_pipeline, put_back
 from .encoding import encoded
+from .own_samples import own_batches
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,25 @@ class Target:
     def put_back(self, result: PruneResult) -> PruneResult:
         """The result with the pruned module in its pipeline; as it is where there is none."""
         return result if self.component is None else put_back(self.pipeline, self.component, result)
+
+
+def are_prompts(loader: Any) -> bool:
+    """Whether what stands in a loader's place is text to make images of."""
+    return isinstance(loader, str) or (
+        isinstance(loader, (list, tuple)) and len(loader) > 0 and all(isinstance(x, str) for x in loader)
+    )
+
+
+def own_loader(model: Any, prompts: Any = None, *, scheduler: Any = None, seed: int = 0, progress: bool = True) -> Any:
+    """Batches that the model, or the pipeline from prompts, makes itself: 512 samples of 25 denoising steps.
+
+    Raises ValueError for a model that can't be sampled from noise alone, or lacking or superfluous prompts.
+    """
+    if is_pipeline(model):
+        return own_batches(model, prompts, seed=seed, progress=progress)
+    if prompts is not None:
+        raise ValueError(f"prompts are for pipelines; {type(model).__name__} is none: give a loader of images")
+    return OwnSamples(unwrapped(model), scheduler, seed=seed, progress=progress)
 
 
 def find_target(
