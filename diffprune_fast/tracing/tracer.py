@@ -64,7 +64,10 @@ class Tracer(TorchDispatchMode):
         scale_folding.freeze_unfoldable_heads(walk)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # the forward's mode is not asked for every shape that a rule reads
+            return self._follow(func, args, kwargs or {})
+
+    def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
         tensors = list(self.walk.tensors((args, kwargs)))
         statistic = spelled_norms.statistic_of_output(self.walk, name, args, tensors) if self.walk.statistics else None
