@@ -114,10 +114,7 @@ class Replay:
 
 def replayed(loader: Iterable[Any] | None) -> Iterable[Any] | None:
     """The loader, which may be walked any number of times also where it is its own iterator (a generator)."""
-    if loader is None:
-        return None
-    iterator = iter(as_loader(loader))
-    return Replay(iterator) if iterator is loader else loader
+    return Replay(loader) if isinstance(loader, Iterator) else loader
 
 
 def as_loader(loader: Any) -> Iterable[Any]:

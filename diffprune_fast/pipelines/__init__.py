@@ -5,6 +5,7 @@ from __future__ import annotations
 from .components import DENOISERS, find_component, image_shape, is_pipeline, takes_captions
 from .encoding import check_known, encoded, example_call
 from .loading import pipeline_from_pretrained, read_index
+from .own_samples import own_batches
 from .target import Target, find_target
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "find_target",
     "image_shape",
     "is_pipeline",
+    "own_batches",
     "pipeline_from_pretrained",
     "read_index",
     "takes_captions",

@@ -97,7 +97,7 @@ def find_heads(model: nn.Module, plan: Plan) -> tuple[tuple[HeadPair, ...], dict
 def _by_group(plan: Plan, constraint: Constraint) -> Iterator[tuple[Group, np.ndarray]]:
     """A constraint's heads, ``(n_heads, head_dim)``, of queries and keys and of values: they are in groups apart."""
     rows = constraint.rows[(constraint.rows >= 0).any(1)]
-    of = np.searchsorted(plan.offsets, rows.max(1), side="right") - 1
+    of = plan.group_of[rows.max(1)]
     for g in dict.fromkeys(of.tolist()):
         yield plan.groups[g], rows[of == g]
 

@@ -184,7 +184,7 @@ class Damage:
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             plan = self._work.plan
-            name = plan.groups[int(np.searchsorted(plan.offsets, bad[0], side="right")) - 1].name
+            name = plan.groups[plan.group_of[bad[0]]].name
             raise FloatingPointError(
                 f"the gradient of the model's output is NaN or infinite in the group {name}: try the model in "
                 "single precision or autocast='bf16', and look for images that are out of range"
