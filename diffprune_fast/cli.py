@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .choices import Allocation, CriterionName, Estimator, NormGroups, RankingName, Rounding, Units
+from .choices import Allocation, CompensationMode, CriterionName, Estimator, NormGroups, RankingName, Rounding, Units
 
 if TYPE_CHECKING:
     from .plan.plan import Plan
@@ -96,6 +96,21 @@ def prune(
         Optional[str],  # noqa: UP045
         typer.Option(help="Residual blocks that go first: how many, or names or patterns with commas between."),
     ] = None,
+    compensate: Annotated[
+        CompensationMode, typer.Option(help="How layers that lost inputs are solved anew, where there are images.")
+    ] = "auto",
+    no_compensate: Annotated[bool, typer.Option("--no-compensate", help="Leave layers as sliced.")] = False,
+    no_rotate: Annotated[bool, typer.Option("--no-rotate", help="Leave attention heads in their basis.")] = False,
+    prompts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Without images: a text file with a prompt on each line, of which the pipeline makes them."),
+    ] = None,
+    own_samples: Annotated[
+        bool, typer.Option("--own-samples", help="Without images: the model makes them itself, of noise or classes.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be left and what compensation would take; write nothing.")
+    ] = False,
     scheduler: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of the scheduler's config. Default: the model's pipeline's, else 1000-step DDPM."),
@@ -112,11 +127,15 @@ def prune(
         from .selection.budgets import parse_budget
 
         _check_out(out, model_dir)
-        parse_budget({"ratio": ratio, "params": params, "macs": macs})
+        budget = {"ratio": ratio, "params": params, "macs": macs}
+        parse_budget(budget)
+        if dry_run:
+            how = {"norm_groups": norm_groups, "round_to": round_to, "ignore": ignore or (), "ranking": ranking}
+            return typer.echo(_rehearsed(_traced(model_dir, component, units), {**budget, **how}, compensate, device))
         model = _load(model_dir).to(_device(device))
         result = score_and_prune(
             model,
-            _loader(model, component, images, criterion, size, batch_size, seed),
+            _loader(model, component, images, prompts, own_samples, criterion, size, batch_size, seed),
             component=component,
             ratio=ratio,
             params=params,
@@ -131,6 +150,8 @@ def prune(
             rounding=rounding,
             ignore=ignore or (),
             drop_blocks=_blocks(drop_blocks),
+            rotate=not no_rotate,
+            compensate=False if no_compensate else compensate,
             **_scheduler(model_dir, scheduler),
             micro_batch=batch_size,
             min_samples=min(512, max_samples),
@@ -140,6 +161,17 @@ def prune(
         result.save_pretrained(out)
         typer.echo(str(result))
         typer.echo(f"saved:  {out} (load it with {_way_to_load(result, out)}({str(out)!r}))")
+
+
+def _rehearsed(plan: Plan, selecting: dict[str, Any], mode: CompensationMode, device: str | None) -> str:
+    """What a budget leaves, by scores that mean nothing, and what compensation would take."""
+    from .compensation.estimates import estimate
+    from .scoring.scores import rehearsed_scores
+    from .selection.select import select
+
+    chosen = select(plan, rehearsed_scores(plan), **selecting)
+    left = f"before: {plan.complexity()}\nafter:  {plan.complexity(chosen.keep)} (which channels go is not known yet)"
+    return f"{left}\n{estimate(plan, chosen.keep, mode=mode, device=_device(device))}"
 
 
 def _traced(model_dir: Path, component: str | None, units: Units) -> Plan:
@@ -271,7 +303,15 @@ def _device(name: str | None) -> Any:
 
 
 def _loader(
-    model: Any, component: str | None, images: Path | None, criterion: str, size: int | None, batch_size: int, seed: int
+    model: Any,
+    component: str | None,
+    images: Path | None,
+    prompts: Path | None,
+    own_samples: bool,
+    criterion: str,
+    size: int | None,
+    batch_size: int,
+    seed: int,
 ) -> Any:
     from .architectures.inputs import knows_inputs
     from .objective.conditioning import is_autoencoder
@@ -279,6 +319,15 @@ def _loader(
     from .pipelines.components import find_component, image_shape, is_pipeline, takes_captions
     from .pipelines.encoding import check_known
 
+    if (images is not None) + (prompts is not None) + own_samples > 1:
+        raise ValueError("--images, --prompts and --own-samples: give one of them")
+    if prompts is not None:
+        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"--prompts {prompts}: there is no line of text in it")
+        return lines
+    if own_samples:
+        return None
     if images is None and criterion in ("magnitude", "random"):
         if not is_pipeline(model) and not knows_inputs(model):
             raise ValueError(
@@ -288,7 +337,10 @@ def _loader(
     if is_pipeline(model):
         check_known(*find_component(model, component))
     if images is None:
-        raise ValueError(f"--images: criterion {criterion} needs a folder of training images")
+        raise ValueError(
+            f"--images: criterion {criterion} needs a folder of training images; without one give --prompts (a "
+            "pipeline from text) or --own-samples (any other)"
+        )
     captions = False
     if is_pipeline(model):
         channels, default = image_shape(model)

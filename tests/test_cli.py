@@ -163,6 +163,26 @@ def test_an_unknown_choice_names_the_known_ones(model_dir, tmp_path, option, cho
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_says_what_would_be_left_and_writes_nothing(model_dir, tmp_path):
+    done = run("prune", model_dir, "--macs", 0.5, "--out", tmp_path / "out", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "GMACs (which channels go is not known yet)" in done.output
+    assert "compensation full" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_own_samples_stand_in_for_images(model_dir, tmp_path):
+    done = run("prune", model_dir, "--own-samples", "--macs", 0.6, "--max-samples", 32, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "without data: from 512 images" in done.output
+    assert read_manifest(tmp_path / "out")["own_samples"] == 512
+
+
+def test_images_and_own_samples_exclude_each_other(model_dir, images, tmp_path):
+    both = run("prune", model_dir, "--own-samples", "--images", images, "--out", tmp_path / "out")
+    assert "give one of them" in one_error(both)
+
+
 def test_wrong_folders_are_one_line(model_dir, images, tmp_path):
     out = ("--out", tmp_path / "out")
     assert "is not a folder: download" in one_error(run("trace", tmp_path / "nowhere"))
