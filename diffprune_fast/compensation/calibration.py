@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,13 +15,11 @@ from ..objective.batches import Batches, check_batch, count, join, part
 from ..objective.isolation import stand_ins
 from ..objective.loss import LossFunction, dtype_of, images_of, make_objective
 from ..objective.nested import map_tensors, moved, tensors_in
-from ..objective.randomness import generator_for, own_randomness
+from ..objective.randomness import early_timesteps, generator_for, own_randomness, stratified
 from ..objective.ranks import rank_and_count
 
 # Places in the seed's tree, beside those of scoring.
 SAMPLES, POSITIONS = 40, 41
-# t = T * u^1.5: held-out loss .0334 of a digits model at half its MACs, uniform t .0343, u^2 .0334.
-POWER = 1.5
 
 Forward = Callable[[nn.Module], Any]
 
@@ -74,10 +73,10 @@ def drawn(
     rank, ranks = rank_and_count()
     _check_share(samples, ranks)
     noise = objective.noise(batch, generator_for(seed, SAMPLES, 0))
-    parts = (samples, found - samples)
-    t = torch.cat(
-        [_timesteps(objective.n_timesteps, n, generator_for(seed, SAMPLES, 1 + i)) for i, n in enumerate(parts)]
-    )
+    # Solved where the loss is steep, judged as the model is trained: at all timesteps alike.
+    solved = early_timesteps(objective.n_timesteps, samples, generator_for(seed, SAMPLES, 1))
+    judged = stratified(np.arange(objective.n_timesteps), found - samples, generator_for(seed, SAMPLES, 2))
+    t = torch.cat([solved, judged])
     start, stop = _share(samples, rank, ranks)
 
     def losses(model: nn.Module, start: int, stop: int) -> Tensor:
@@ -152,13 +151,6 @@ def called(
         loss,
         "relative output error",
     )
-
-
-def _timesteps(n_timesteps: int, n: int, generator: torch.Generator) -> Tensor:
-    """``(n,)`` timesteps ``T * u^1.5``, u from each of ``n`` equal strips, in random order."""
-    u = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / max(n, 1)
-    t = (n_timesteps * u**POWER).long().clamp(max=n_timesteps - 1)
-    return t[torch.randperm(n, generator=generator)]
 
 
 def _taken(batches: Batches, size: int) -> Any:

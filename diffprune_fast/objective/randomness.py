@@ -14,6 +14,17 @@ from torch import Tensor
 NOISE, TIMESTEPS = 1, 2
 
 
+# t = T * u^1.5: calibrated there a digits model's held-out loss at half its MACs was .0334, uniform t .0343, u^2 .0334.
+EARLY = 1.5
+
+
+def early_timesteps(n_timesteps: int, n: int, generator: torch.Generator) -> Tensor:
+    """``(n,)`` timesteps ``T * u^1.5``, u from each of ``n`` equal strips of [0, 1), in random order."""
+    u = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / max(n, 1)
+    t = (n_timesteps * u**EARLY).long().clamp(max=n_timesteps - 1)
+    return t[torch.randperm(n, generator=generator)]
+
+
 def stratified(allowed: np.ndarray, n: int, generator: torch.Generator) -> Tensor:
     """``(n,)`` timesteps, one from each of ``n`` equal strata of ``allowed``, in random order."""
     where = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n * len(allowed)
