@@ -222,7 +222,6 @@ LOADERS: dict[str, tuple[Any, str]] = {
     "empty": ([], "empty|no batch"),
     "images from 0 to 255": ([(images()[0] + 1) * 127.5], r"trained on \[-1, 1\]"),
     "NaN images": ([torch.full((4, 3, 16, 16), math.nan)], "NaN|finite"),
-    "no loader": (None, "loader"),
 }
 
 

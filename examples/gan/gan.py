@@ -123,11 +123,13 @@ def ways_to_score(judge: nn.Module) -> dict[str, dict[str, Any]]:
         images = model(*batch)
         return (images * torch.randn_like(images)).flatten(1).mean(1)
 
+    # Where the criterion needs no loss, the allocation and the compensation still run the model by it.
+    by_loss = {"loss_fn": adversarial, "timesteps": [0]}
     return {
-        "adversarial": {"loss_fn": adversarial, "timesteps": [0]},
+        "adversarial": by_loss,
         "sensitivity": {"loss_fn": sensitivity, "timesteps": [0]},
-        "magnitude": {"criterion": "magnitude"},
-        "random": {"criterion": "random"},
+        "magnitude": {"criterion": "magnitude", **by_loss},
+        "random": {"criterion": "random", **by_loss},
     }
 
 
