@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,12 +33,13 @@ def _plain(axes: Axes) -> None:
     axes.tick_params(colors=INK, labelsize=8)
 
 
-def sample_grids(grids: Mapping[str, Tensor], *, columns: int = 8) -> Figure:
+def sample_grids(grids: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]], *, columns: int = 8) -> Figure:
     """Every model's samples as a grid, side by side, in the same order; dark on light for single-channel images.
 
     Args:
-        grids: title to ``(n, channels, height, width)`` in [-1, 1], 1 or 3 channels.
-        columns: images in a row.
+        grids: title to ``(n, channels, height, width)`` in [-1, 1], 1 or 3 channels; a list of such has one row of
+            grids for each.
+        columns: images in a row of a grid.
 
     Returns:
         A matplotlib figure.
@@ -52,7 +53,8 @@ def sample_grids(grids: Mapping[str, Tensor], *, columns: int = 8) -> Figure:
         >>> [axes.get_title() for axes in figure.axes]
         ['original', 'pruned']
     """
-    shapes = {tuple(images.shape) for images in grids.values()}
+    rows = [grids] if isinstance(grids, Mapping) else list(grids)
+    shapes = {tuple(images.shape) for row in rows for images in row.values()}
     if len(shapes) != 1:
         raise ValueError(
             f"the grids' images are {sorted(shapes)}: pass at least one grid, all made from the same noise"
@@ -60,13 +62,15 @@ def sample_grids(grids: Mapping[str, Tensor], *, columns: int = 8) -> Figure:
     n, channels = next(iter(shapes))[:2]
     if channels not in (1, 3):
         raise ValueError(f"images have {channels} channels: decode latents to 1 or 3 channels first")
-    rows = -(-n // columns)
-    figure = _figure(3.2 * len(grids), 3.2 * rows / columns + 0.3)
-    for axes, (title, images) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
-        picture = _tile(images, columns)
-        axes.imshow(picture[..., 0] if channels == 1 else picture, cmap="gray_r", vmin=0, vmax=1)
-        axes.set_title(title, fontsize=10, color=INK)
-        axes.set_axis_off()
+    across, high = max(len(row) for row in rows), -(-n // columns)
+    figure = _figure(3.2 * across, (3.2 * high / columns + 0.3) * len(rows))
+    for line, row in zip(figure.subplots(len(rows), across, squeeze=False), rows, strict=True):
+        for axes in line:
+            axes.set_axis_off()
+        for axes, (title, images) in zip(line, row.items(), strict=False):
+            picture = _tile(images, columns)
+            axes.imshow(picture[..., 0] if channels == 1 else picture, cmap="gray_r", vmin=0, vmax=1)
+            axes.set_title(title, fontsize=10, color=INK)
     return figure
 
 

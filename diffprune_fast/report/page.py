@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.manifest import versions
-from .table import HEADINGS, Measured, cells
+from .table import Measured, lines, seeds_in_words, stages_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +26,7 @@ def write_report(
     *,
     title: str,
     summary: str = "",
+    seeds: int = 1,
     result: PruneResult | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> Path:
@@ -37,6 +38,7 @@ def write_report(
         figures: heading to the figure and the sentence below it.
         title: of the page.
         summary: a sentence below the title.
+        seeds: that the figures rest on; stands beside the table.
         result: adds what was asked and met, the scoring's trust and time per stage.
         notes: further lines of the last table, heading to text.
 
@@ -48,7 +50,8 @@ def write_report(
 
     Example:
         >>> import tempfile
-        >>> rows = [Measured("original", 1000, 5000, 0.2, 0.031), Measured("pruned", 500, 2000, 0.1, 0.034)]
+        >>> rows = [Measured("original", 1000, 5000, 0.2, {"": {"loss": 0.031}}),
+        ...         Measured("pruned", 500, 2000, 0.1, {"sliced": {"loss": 0.034}})]
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     page = write_report(Path(directory) / "report.html", rows, {}, title="Half the size")
         ...     page.read_text(encoding="utf-8").count("50%")
@@ -64,9 +67,10 @@ def write_report(
     html = environment.get_template("page.html.j2").render(
         title=title,
         summary=summary,
-        headings=HEADINGS,
-        rows=[cells(row, rows[0]) for row in rows],
-        headline=headline(rows[0], rows[1]) if len(rows) > 1 else [],
+        names=[row.name for row in rows],
+        lines=[(line.heading, zip(line.cells, line.best, strict=True)) for line in lines(rows)],
+        seeds=seeds_in_words(seeds),
+        headline=headline(rows),
         figures=[(heading, embedded(figure), text) for heading, (figure, text) in figures.items()],
         facts={**_facts_of(result), **(notes or {}), **made_with()},
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -76,16 +80,27 @@ def write_report(
     return path
 
 
-def headline(original: Measured, pruned: Measured) -> list[tuple[str, str]]:
-    """The figures on top of the page: (number, what it is)."""
+def headline(rows: Sequence[Measured]) -> list[tuple[str, str]]:
+    """The figures on top of the page: (number, what it is). Of the pruned model whose loss is lowest in the end."""
+    stages = stages_of(rows)
+    ends = ((row.figure(stages[-1] if stages else "", "loss"), row) for row in rows[1:])
+    lost = [(loss, row) for loss, row in ends if loss is not None]
+    if not lost:
+        return []
+    original, best = rows[0], min(lost, key=lambda pair: pair[0])[1]
     top = [
-        (f"{100 * pruned.params / original.params:.0f}%", "of the parameters"),
-        (f"{100 * pruned.macs / original.macs:.0f}%", "of the MACs"),
+        (f"{100 * best.params / original.params:.0f}%", "of the parameters"),
+        (f"{100 * best.macs / original.macs:.0f}%", "of the MACs"),
     ]
-    if original.seconds_per_image and pruned.seconds_per_image:
-        top.append((f"{original.seconds_per_image / pruned.seconds_per_image:.2f}×", "as fast, on this machine"))
-    loss = pruned.loss if pruned.loss_finetuned is None else pruned.loss_finetuned
-    top.append((f"{loss:.4f}", f"held-out loss (original {original.loss:.4f})"))
+    if original.seconds_per_image and best.seconds_per_image:
+        top.append((f"{original.seconds_per_image / best.seconds_per_image:.2f}×", "as fast, on this machine"))
+    was = original.figure("", "loss")
+    dense = "" if was is None else f" (original {was:.4f})"
+    for stage in stages or [""]:
+        loss = best.figure(stage, "loss")
+        if loss is not None:
+            what = ", ".join(filter(None, ("held-out loss", best.name, stage)))
+            top.append((f"{loss:.4f}", what + dense))
     return top
 
 
@@ -106,7 +121,10 @@ def _facts_of(result: PruneResult | None) -> dict[str, str]:
         for i, note in enumerate(result.selection.notes):
             facts["note" if i == 0 else f"note {i + 1}"] = note
         facts["ranking"] = result.selection.ranking
+        facts["allocation"] = result.selection.allocation
     facts["norm groups"] = result.norm_groups
+    if result.compensation is not None:
+        facts["compensation"] = str(result.compensation).splitlines()[0]
     if result.scores is not None:
         scores = result.scores
         facts["scores"] = f"{scores.criterion}, estimator {scores.estimator}, {scores.samples} samples"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,51 +14,80 @@ if TYPE_CHECKING:
 class Measured:
     """What one model costs and what it is worth.
 
-    seconds_per_image: wall clock. loss: diffusion loss on held-out images, straight after pruning for a pruned model;
-    loss_finetuned: the same after finetuning. ssim, ssim_finetuned: likeness of its samples to the original's, from
-    the same noise. None: not measured, shown as a dash.
+    seconds_per_image: wall clock; None: not measured, shown as a dash. stages: what was done to the model so far
+    ("sliced", "compensated", …) to what was measured of it then ("loss", "SSIM", …), in the order of the table. A model
+    that has no stages, such as the original, has one without a name: its figures stand beside those of every stage.
     """
 
     name: str
     params: int
     macs: int
-    seconds_per_image: float | None
-    loss: float
-    loss_finetuned: float | None = None
-    ssim: float | None = None
-    ssim_finetuned: float | None = None
+    seconds_per_image: float | None = None
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def figure(self, stage: str, metric: str) -> float | None:
+        """What was measured at that stage, if it was."""
+        return self.stages.get(stage, self.stages.get("", {})).get(metric)
 
 
-HEADINGS = (
-    "model",
-    "params",
-    "MACs",
-    "s/image",
-    "loss",
-    "loss, finetuned",
-    "SSIM",
-    "SSIM, finetuned",
-)
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a cell for every model, and whether it is the best of the pruned ones."""
+
+    heading: str
+    cells: tuple[str, ...]
+    best: tuple[bool, ...]
 
 
 DASH = "–"
 
 
+# Decimals of the figures whose size is known; others get three digits.
+DECIMALS = {"loss": 4, "SSIM": 3, "Fréchet distance": 1}
+HIGHER_IS_BETTER = frozenset({"SSIM"})
+
+
 WIDTH = 110
 
 
-def cells(row: Measured, original: Measured | None = None) -> tuple[str, ...]:
-    """The row as text, one cell per heading; sizes beside their share of ``original``'s, where one is given."""
-    return (
-        row.name,
-        f"{_short(row.params)}{_share(row.params, (original or row).params)}",
-        f"{_short(row.macs)}{_share(row.macs, (original or row).macs)}",
-        DASH if row.seconds_per_image is None else f"{row.seconds_per_image:.3g}",
-        f"{row.loss:.4f}",
-        DASH if row.loss_finetuned is None else f"{row.loss_finetuned:.4f}",
-        DASH if row.ssim is None else f"{row.ssim:.3f}",
-        DASH if row.ssim_finetuned is None else f"{row.ssim_finetuned:.3f}",
-    )
+def stages_of(rows: Sequence[Measured]) -> list[str]:
+    """The names of all stages, in order."""
+    return list(dict.fromkeys(stage for row in rows for stage in row.stages if stage))
+
+
+def lines(rows: Sequence[Measured]) -> list[Line]:
+    """The table of ``rows``, a column for each: what they cost, then every metric at every stage.
+
+    Sizes stand beside their share of the first row's. The best of a line is sought among the models after the first,
+    which is the original; where the cells show the same, all of them are.
+    """
+    names = stages_of(rows) or [""]
+    metrics = list(dict.fromkeys(m for row in rows for figures in row.stages.values() for m in figures))
+    plain = tuple(False for _ in rows)
+    found = [
+        Line("params", tuple(_size(row.params, rows[0].params) for row in rows), plain),
+        Line("MACs", tuple(_size(row.macs, rows[0].macs) for row in rows), plain),
+        _line("s/image", [row.seconds_per_image for row in rows], None, higher=False),
+    ]
+    for metric in metrics:
+        for stage in names:
+            figures = [row.figure(stage, metric) for row in rows]
+            heading = f"{metric}, {stage}" if stage else metric
+            found.append(_line(heading, figures, DECIMALS.get(metric), higher=metric in HIGHER_IS_BETTER))
+    return found
+
+
+def _line(heading: str, figures: Sequence[float | None], decimals: int | None, *, higher: bool) -> Line:
+    cells = tuple(DASH if x is None else f"{x:.3g}" if decimals is None else f"{x:.{decimals}f}" for x in figures)
+    pruned = [x for x in figures[1:] if x is not None]
+    if len(pruned) < 2:
+        return Line(heading, cells, tuple(False for _ in figures))
+    top = cells[1:][figures[1:].index((max if higher else min)(pruned))]
+    return Line(heading, cells, (False, *(cell == top for cell in cells[1:])))
+
+
+def _size(n: int, of: int) -> str:
+    return _short(n) if n == of else f"{_short(n)} ({100 * n / of:.0f}%)"
 
 
 def _short(n: int) -> str:
@@ -68,16 +97,18 @@ def _short(n: int) -> str:
     return str(n)
 
 
-def _share(n: int, of: int) -> str:
-    return "" if n == of else f" ({100 * n / of:.0f}%)"
+def seeds_in_words(seeds: int) -> str:
+    """What stands beside a table: how many seeds it rests on."""
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
-def print_table(rows: Sequence[Measured], *, title: str = "", console: Console | None = None) -> None:
-    """Print ``rows`` in the terminal.
+def print_table(rows: Sequence[Measured], *, title: str = "", seeds: int = 1, console: Console | None = None) -> None:
+    """Print ``rows`` in the terminal, a column for each; the best of every line, of the pruned models, has a star.
 
     Args:
         rows: the original's measurements, then every pruned model's.
         title: a line above the table.
+        seeds: that the figures rest on; stands below the table.
         console: where to print; None is the terminal, or plain text of fixed width where there is none.
 
     Returns:
@@ -89,22 +120,27 @@ def print_table(rows: Sequence[Measured], *, title: str = "", console: Console |
     Example:
         >>> import io
         >>> from rich.console import Console
-        >>> rows = [Measured("original", 1000, 5000, None, 0.03), Measured("pruned", 500, 2000, None, 0.04)]
+        >>> rows = [Measured("original", 1000, 5000, stages={"": {"loss": 0.03}}),
+        ...         Measured("pruned", 500, 2000, stages={"sliced": {"loss": 0.08}, "compensated": {"loss": 0.04}})]
         >>> console = Console(file=io.StringIO(), width=110)
         >>> print_table(rows, console=console)
-        >>> "2.00k" in console.file.getvalue()
-        True
+        >>> [words in console.file.getvalue() for words in ("loss, compensated", "0.0400", "one seed")]
+        [True, True, True]
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     if not rows:
         raise ValueError("there is no row to print: pass the models' measurements")
-    table = Table(title=title or None, title_justify="left")
-    for i, heading in enumerate(HEADINGS):
+    caption = f"{seeds_in_words(seeds)}; *: the best of the pruned models"
+    table = Table(title=title or None, title_justify="left", caption=caption, caption_justify="left")
+    for i, heading in enumerate(("", *(row.name for row in rows))):
         table.add_column(heading, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*cells(row))
+    for line in lines(rows):
+        marked = zip(line.cells, line.best, strict=True)
+        cells = [Text(f"*{cell}", "bold") if best else Text(cell) for cell, best in marked]
+        table.add_row(line.heading, *cells)
     if console is None:
         console = Console()
         if not console.is_terminal:

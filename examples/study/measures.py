@@ -104,7 +104,7 @@ class Bench:
 
     @cached_property
     def features(self) -> Features:
-        return Features(self.subject, self.train, self.held_out, steps=self.amounts.classifier_steps)
+        return Features(self.train, self.held_out, self.subject.augmented, steps=self.amounts.classifier_steps)
 
     def _samples(self, model: nn.Module) -> Tensor:
         return self._made(model, _labels(self.amounts.samples), seed=0)

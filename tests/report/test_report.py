@@ -14,11 +14,24 @@ from rich.console import Console
 from diffprune_fast.plan import Group, Member, Plan
 from diffprune_fast.report.figures import kept_channels, loss_curve, sample_grids
 from diffprune_fast.report.page import headline, write_report
-from diffprune_fast.report.table import DASH, HEADINGS, Measured, cells, print_table
+from diffprune_fast.report.table import DASH, Measured, lines, print_table
 from diffprune_fast.scoring import LossCurve
 
-ORIGINAL = Measured("original", 2_500_000, 80_000_000, 0.012, 0.0232)
-PRUNED = Measured("Diff-Pruning", 1_250_000, 40_000_000, 0.008, 0.116, 0.0285, 0.82, 0.943)
+ORIGINAL = Measured("original", 2_500_000, 80_000_000, 0.012, {"": {"loss": 0.0232, "SSIM": 1.0}})
+PRUNED = Measured(
+    "Diff-Pruning",
+    1_250_000,
+    40_000_000,
+    0.008,
+    {"sliced": {"loss": 0.116, "SSIM": 0.82}, "distilled": {"loss": 0.0285, "SSIM": 0.943}},
+)
+RANDOM = Measured(
+    "random",
+    1_300_000,
+    40_000_000,
+    None,
+    {"sliced": {"loss": 0.127, "SSIM": 0.87}, "distilled": {"loss": 0.02848, "SSIM": 0.93}},
+)
 
 
 def plan() -> Plan:
@@ -48,25 +61,79 @@ class Page(HTMLParser):
         self.text.append(data.strip())
 
 
-def test_cells_show_sizes_with_their_share_and_a_dash_for_what_was_not_measured():
-    assert cells(PRUNED, ORIGINAL) == (
-        "Diff-Pruning", "1.25M (50%)", "40.00M (50%)", "0.008", "0.1160", "0.0285", "0.820", "0.943",
-    )  # fmt: skip
-    assert cells(ORIGINAL, ORIGINAL)[1:3] == ("2.50M", "80.00M")
-    assert cells(ORIGINAL)[5:] == (DASH, DASH, DASH)
+def cells(*rows: Measured) -> dict[str, tuple[str, ...]]:
+    return {line.heading: line.cells for line in lines(rows)}
 
 
-def test_the_terminals_table_has_every_heading_and_figure():
+def best(*rows: Measured) -> dict[str, list[str]]:
+    return {line.heading: [r.name for r, b in zip(rows, line.best, strict=True) if b] for line in lines(rows)}
+
+
+def test_every_metric_has_a_line_for_every_stage_and_the_originals_figure_in_each():
+    assert cells(ORIGINAL, PRUNED) == {
+        "params": ("2.50M", "1.25M (50%)"),
+        "MACs": ("80.00M", "40.00M (50%)"),
+        "s/image": ("0.012", "0.008"),
+        "loss, sliced": ("0.0232", "0.1160"),
+        "loss, distilled": ("0.0232", "0.0285"),
+        "SSIM, sliced": ("1.000", "0.820"),
+        "SSIM, distilled": ("1.000", "0.943"),
+    }
+
+
+def test_what_was_not_measured_is_a_dash():
+    halfway = Measured("halfway", 2, 2, None, {"sliced": {"loss": 0.5}})
+    found = cells(ORIGINAL, PRUNED, halfway)
+    assert found["s/image"][2] == found["loss, distilled"][2] == found["SSIM, sliced"][2] == DASH
+    assert cells(Measured("alone", 2, 2))["s/image"] == (DASH,)
+
+
+def test_the_best_of_every_line_is_marked_whichever_row_it_is():
+    worse = Measured("worse", 1, 1, 0.01, {"sliced": {"loss": 0.3, "SSIM": 0.1}, "distilled": {"loss": 0.3}})
+    assert best(ORIGINAL, worse, PRUNED, RANDOM) == {
+        "params": [],
+        "MACs": [],
+        "s/image": ["Diff-Pruning"],
+        "loss, sliced": ["Diff-Pruning"],
+        "loss, distilled": ["Diff-Pruning", "random"],  # they show the same figure
+        "SSIM, sliced": ["random"],  # more is better
+        "SSIM, distilled": ["Diff-Pruning"],
+    }
+
+
+def test_one_pruned_model_alone_is_not_the_best_of_any():
+    assert not any(best(ORIGINAL, PRUNED).values())
+
+
+def test_the_terminals_table_has_every_heading_and_figure_and_the_number_of_seeds():
     out = io.StringIO()
     print_table([ORIGINAL, PRUNED], title="Digits", console=Console(file=out, width=120))
     text = out.getvalue()
-    assert all(word in text for word in ("Digits", *HEADINGS, *cells(PRUNED), "0.0232"))
+    shown = {"original", "Diff-Pruning", *cells(ORIGINAL, PRUNED), *cells(ORIGINAL, PRUNED)["loss, sliced"]}
+    assert all(word in text for word in ("Digits", "one seed", *shown))
     with pytest.raises(ValueError, match="no row"):
         print_table([])
 
 
-def test_headline_compares_the_pruned_model_with_the_original():
-    assert [number for number, _ in headline(ORIGINAL, PRUNED)] == ["50%", "50%", "1.50×", "0.0285"]
+def test_the_terminals_best_figure_has_a_star():
+    out = io.StringIO()
+    print_table([ORIGINAL, PRUNED, RANDOM], console=Console(file=out, width=120))
+    assert "*0.1160" in out.getvalue()
+    assert "*0.1270" not in out.getvalue()
+    assert "*0.0232" not in out.getvalue()
+
+
+def test_headline_compares_the_model_with_the_lowest_loss_in_the_end_with_the_original():
+    assert [number for number, _ in headline([ORIGINAL, PRUNED])] == ["50%", "50%", "1.50×", "0.1160", "0.0285"]
+    assert [number for number, _ in headline([ORIGINAL, PRUNED, RANDOM])] == ["52%", "50%", "0.1270", "0.0285"]
+    assert headline([ORIGINAL]) == headline([ORIGINAL, Measured("unmeasured", 1, 1)]) == []
+
+
+def test_the_page_marks_the_best_and_says_how_many_seeds(tmp_path):
+    path = write_report(tmp_path / "r.html", [ORIGINAL, PRUNED, RANDOM], {}, title="Digits", seeds=3)
+    text = path.read_text(encoding="utf-8")
+    assert '<td class="best">0.1160</td><td>0.1270</td>' in text
+    assert "3 seeds" in text
 
 
 def test_the_page_holds_all_images_and_asks_for_nothing_else(tmp_path):
@@ -79,7 +146,8 @@ def test_the_page_holds_all_images_and_asks_for_nothing_else(tmp_path):
         kind, data = image.split(",", 1)
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data).startswith(b"\x89PNG")
-    assert {"Digits at half the MACs", "The curve.", "The bars.", *cells(PRUNED, ORIGINAL)} <= set(page.text)
+    shown = {cell for line in lines([ORIGINAL, PRUNED]) for cell in (line.heading, *line.cells)}
+    assert {"Digits at half the MACs", "The curve.", "The bars.", *shown} <= set(page.text)
 
 
 def test_the_pages_words_cannot_become_markup(tmp_path):
@@ -105,6 +173,14 @@ def test_sample_grids_place_image_i_in_row_i_div_columns():
         row, column = divmod(i, 2)
         expected[3 * row : 3 * row + 2, 4 * column : 4 * column + 3] = i / 4
     np.testing.assert_allclose(shown, expected, atol=1e-6)
+
+
+def test_sample_grids_have_a_row_for_every_list_and_blanks_where_it_is_shorter():
+    images = torch.zeros(2, 1, 2, 2)
+    axes = sample_grids([{"original": images, "a, sliced": images}, {"b, sliced": images}], columns=2).axes
+    assert [a.get_title() for a in axes] == ["original", "a, sliced", "b, sliced", ""]
+    assert [len(a.images) for a in axes] == [1, 1, 1, 0]
+    assert axes[0].get_subplotspec().rowspan.start == 0 < axes[2].get_subplotspec().rowspan.start
 
 
 def test_sample_grids_refuse_what_cannot_be_compared_or_shown():

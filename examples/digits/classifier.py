@@ -1,18 +1,18 @@
-"""Fréchet distances in the features of a small classifier that is trained on the subject's own images.
+"""Fréchet distances in the features of a small classifier that is trained on the models' own images.
 
 Inception's features say little about 16x16 images; these know digits from each other, or photographs. The distances
-compare models of one subject with each other and nothing else.
+compare models of the same images with each other and nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from models import Subject
 from torch import Tensor, nn
 
 FEATURES = 32
@@ -20,9 +20,14 @@ REFERENCE = 2048
 
 
 class Features:
-    """A classifier, trained when made. ``accuracy``: on the held-out images."""
+    """A classifier, trained when made. ``accuracy``: on the held-out images.
 
-    def __init__(self, subject: Subject, train: Any, held_out: Any, *, steps: int = 600, seed: int = 0) -> None:
+    train, held_out: with ``images`` and ``labels``. augmented: what is done to images before they are learned from.
+    """
+
+    def __init__(
+        self, train: Any, held_out: Any, augmented: Callable[..., Tensor], *, steps: int = 600, seed: int = 0
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -30,7 +35,7 @@ class Features:
             out = nn.Linear(FEATURES, int(train.labels.max()) + 1)
         optimizer = torch.optim.Adam([*self._features.parameters(), *out.parameters()], lr=2e-3)
         for _ in range(steps):
-            images, labels = _drawn(subject, train, 64, generator)
+            images, labels = _drawn(augmented, train, 64, generator)
             loss = F.cross_entropy(out(self._features(images)), labels)
             optimizer.zero_grad()
             loss.backward()
@@ -38,7 +43,7 @@ class Features:
         with torch.no_grad():
             right = out(self._features(held_out.images)).argmax(1) == held_out.labels
         self.accuracy = float(right.float().mean())
-        self._mean, self._covariance = self._moments(_drawn(subject, train, REFERENCE, generator)[0])
+        self._mean, self._covariance = self._moments(_drawn(augmented, train, REFERENCE, generator)[0])
 
     @torch.no_grad()
     def _moments(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -59,6 +64,6 @@ def _features(channels: int) -> nn.Sequential:
     return nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), nn.Flatten(), nn.Linear(512, FEATURES))
 
 
-def _drawn(subject: Subject, data: Any, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _drawn(augmented: Callable[..., Tensor], data: Any, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     chosen = torch.randint(0, len(data), (n,), generator=generator)
-    return subject.augmented(data.images[chosen], generator=generator), data.labels[chosen]
+    return augmented(data.images[chosen], generator=generator), data.labels[chosen]
