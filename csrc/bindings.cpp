@@ -1,11 +1,12 @@
-// Python's door to the CPU kernels. Everything has been checked in diffprune_fast/ops before a call comes here.
+// Python's door to the CPU kernels. A table is a NumPy array of the struct that the kernel reads; another dtype is
+// refused here, everything else has been checked in diffprune_fast/ops.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <optional>
-#include <stdexcept>
-#include <vector>
+#include <string>
 
 #include "channel_scores.h"
 #include "cpu/features.h"
@@ -14,89 +15,72 @@
 namespace py = pybind11;
 using namespace diffprune;
 
+// A pointer in a table's row is an address in Python.
+template <class T>
+struct pybind11::detail::npy_format_descriptor<T*> : npy_format_descriptor<std::uintptr_t> {
+  static std::string format() { return format_descriptor<std::uintptr_t>::format(); }
+};
+
 namespace {
 
+// The rows of a table. An array of another dtype is no table: NumPy would cast it field by field, by position.
+// The dtype that Python has from here is the same object, which spares pybind11's own comparison: 1.5 us of a call's 9.
 template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+const T* rows(const py::array& table) {
+  const py::dtype wanted = py::dtype::of<T>(), given = table.dtype();
+  if (!given.is(wanted) && !given.equal(wanted))
+    throw py::type_error("a table's rows must be " + std::string(py::str(wanted)) + ", not " +
+                         std::string(py::str(given)));
+  if (table.ndim() != 1 || !(table.flags() & py::array::c_style))
+    throw py::value_error("a table must be contiguous of shape (n,)");
+  return static_cast<const T*>(table.data());
 }
 
-template <class T>
-void expect(const Array<T>& array, py::ssize_t rows, py::ssize_t cols, const char* name) {
-  const bool fits = cols == 0 ? array.ndim() == 1 && array.shape(0) == rows
-                              : array.ndim() == 2 && array.shape(0) == rows && array.shape(1) == cols;
-  if (!fits) throw std::invalid_argument(std::string(name) + " has the wrong shape");
-}
-
-// layout: (n, 6) dtype, outer, inner, trailing, inner_stride, trailing_stride
-void channel_scores(int64_t scores, bool scores_f64, Array<int64_t> thetas, Array<int64_t> grads, Array<int64_t> layout,
-                    Array<int64_t> units, Array<double> weights, int criterion,
-                    std::optional<Array<double>> timestep_weights, bool zero_grad, int threads) {
-  const py::ssize_t n = thetas.shape(0);
-  expect(thetas, n, 0, "thetas");
-  expect(grads, n, 0, "grads");
-  expect(layout, n, 6, "layout");
-  expect(units, n, 2, "units");
-  expect(weights, n, 0, "weights");
-  std::vector<ScoreEntry> entries(n);
-  for (py::ssize_t i = 0; i < n; ++i)
-    entries[i] = {pointer<const void>(thetas.at(i)),
-                  pointer<void>(grads.at(i)),
-                  static_cast<Dtype>(layout.at(i, 0)),
-                  layout.at(i, 1),
-                  layout.at(i, 2),
-                  layout.at(i, 3),
-                  layout.at(i, 4),
-                  layout.at(i, 5),
-                  pointer<const int32_t>(units.at(i, 0)),
-                  pointer<const int32_t>(units.at(i, 1)),
-                  weights.at(i)};
-  ScoreCall call{entries.data(),
-                 n,
-                 static_cast<Criterion>(criterion),
-                 timestep_weights ? timestep_weights->data() : nullptr,
-                 timestep_weights ? timestep_weights->size() : 1,
-                 zero_grad,
-                 threads};
+void channel_scores(std::uintptr_t scores, bool scores_f64, const py::array& entries, int criterion,
+                    const std::optional<py::array_t<double, py::array::c_style>>& timestep_weights, bool zero_grad,
+                    int threads) {
+  const ScoreCall call{rows<ScoreEntry>(entries),
+                       entries.size(),
+                       static_cast<Criterion>(criterion),
+                       timestep_weights ? timestep_weights->data() : nullptr,
+                       timestep_weights ? timestep_weights->size() : 1,
+                       zero_grad,
+                       threads};
   py::gil_scoped_release release;
   if (scores_f64)
-    channel_scores_cpu(call, pointer<double>(scores));
+    channel_scores_cpu(call, reinterpret_cast<double*>(scores));
   else
-    channel_scores_cpu(call, pointer<float>(scores));
+    channel_scores_cpu(call, reinterpret_cast<float*>(scores));
 }
 
-// table: (n, 14) source, target, element_size, pre, a, mid, b, post, keep_a, keep_b, n_keep_a, n_keep_b, scale, dtype
-void slice_channels(Array<int64_t> table, int threads) {
-  const py::ssize_t n = table.ndim() ? table.shape(0) : 0;
-  expect(table, n, 14, "table");
-  std::vector<SliceEntry> entries(n);
-  for (py::ssize_t i = 0; i < n; ++i)
-    entries[i] = {pointer<const void>(table.at(i, 0)),
-                  pointer<void>(table.at(i, 1)),
-                  table.at(i, 2),
-                  table.at(i, 3),
-                  table.at(i, 4),
-                  table.at(i, 5),
-                  table.at(i, 6),
-                  table.at(i, 7),
-                  pointer<const int64_t>(table.at(i, 8)),
-                  pointer<const int64_t>(table.at(i, 9)),
-                  table.at(i, 10),
-                  table.at(i, 11),
-                  pointer<const double>(table.at(i, 12)),
-                  static_cast<Dtype>(table.at(i, 13))};
+void slice_channels(const py::array& entries, int threads) {
+  const SliceEntry* first = rows<SliceEntry>(entries);
+  const py::ssize_t n = entries.size();
   py::gil_scoped_release release;
-  slice_channels_cpu(entries.data(), n, threads);
+  slice_channels_cpu(first, n, threads);
+}
+
+// The dtypes of the tables' rows. pybind11 knows them for the whole process and takes them once, however often the
+// module is imported.
+void register_rows() {
+  static const bool once = [] {
+    PYBIND11_NUMPY_DTYPE(ScoreEntry, theta, grad, dtype, outer, inner, trailing, inner_stride, trailing_stride,
+                         row_units, col_units, weight);
+    PYBIND11_NUMPY_DTYPE(SliceEntry, source, target, element_size, pre, a, mid, b, post, keep_a, keep_b, n_keep_a,
+                         n_keep_b, scale, dtype);
+    return true;
+  }();
+  static_cast<void>(once);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of diffprune_fast. Addresses in, nothing checked: call diffprune_fast.ops instead.";
-  m.attr("ABI") = 3;  // raised whenever a signature changes; ops/cpu.py refuses another one
+  m.attr("ABI") = 4;  // raised whenever a signature changes; ops/cpu.py refuses another one
+  register_rows();
+  m.attr("SCORE_ENTRY") = py::dtype::of<ScoreEntry>();
+  m.attr("SLICE_ENTRY") = py::dtype::of<SliceEntry>();
   m.def("channel_scores", &channel_scores);
   m.def("slice_channels", &slice_channels);
   m.def("can_slice_in_place", &can_slice_in_place);

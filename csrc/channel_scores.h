@@ -1,4 +1,5 @@
 // channel_scores_: what Python hands over. Pointers, sizes and strides; no tensors.
+// A field that comes or goes here does so in bindings.cpp too, from where ops/cpu.py has the names.
 #pragma once
 
 #include <cstdint>

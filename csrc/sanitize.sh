@@ -24,4 +24,4 @@ cd "$work/lib"
 PYTHONPATH="$work/lib" "$python" -c "import diffprune_fast._cpu as m; assert m.__file__.startswith('$work'), m.__file__"
 PYTHONPATH="$work/lib" "$python" -m pytest -q -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider \
     "$root/tests/ops/test_channel_scores.py" "$root/tests/ops/test_slice_channels.py" \
-    "$root/tests/ops/test_cuda_slice_channels.py" "$@"
+    "$root/tests/ops/test_cpu_tables.py" "$root/tests/ops/test_cuda_slice_channels.py" "$@"

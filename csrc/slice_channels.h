@@ -1,4 +1,5 @@
 // slice_channels_: what Python hands over. Pointers and sizes; no tensors.
+// A field that comes or goes here does so in bindings.cpp too, from where ops/cpu.py has the names.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@
 
 using namespace diffprune;
 
-extern "C" void run_kernel(const SliceEntry* entries, int64_t n_entries, const int32_t* tile_entry, int64_t tiles,
+extern "C" void run_kernel(const TiledEntry* entries, int64_t n_entries, const int32_t* tile_entry, int64_t tiles,
                            int64_t blocks) {
   uint32_t ticket = 0;
   std::vector<int> read(tiles), frontier(n_entries);

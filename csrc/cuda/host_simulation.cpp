@@ -25,7 +25,7 @@ struct Block {
 };
 
 struct Table {
-  const SliceEntry* entries;
+  const TiledEntry* entries;
   int64_t n_entries;
   const int32_t* tile_entry;
   int64_t tiles;
@@ -61,7 +61,7 @@ class Simulation {
   bool enabled(const Block& b) const {
     if (b.step == Step::finished) return false;
     if (b.step != Step::wait) return true;
-    const SliceEntry& e = table_.entries[b.entry];
+    const TiledEntry& e = table_.entries[b.entry];
     const int64_t last = last_conflict(e, static_cast<uint32_t>(b.tile - e.first_tile), b.t) - slack_;
     for (int64_t j = b.seen; j <= last; ++j)
       if (!read_[e.first_tile + j]) return false;
@@ -87,7 +87,7 @@ class Simulation {
   }
 
   void advance(Block& b) {
-    const SliceEntry& e = table_.entries[b.entry];
+    const TiledEntry& e = table_.entries[b.entry];
     switch (b.step) {
       case Step::ticket:
         take(b);
@@ -124,7 +124,7 @@ class Simulation {
       return;
     }
     b.entry = table_.tile_entry[b.tile];
-    const SliceEntry& e = table_.entries[b.entry];
+    const TiledEntry& e = table_.entries[b.entry];
     b.t = describe(e, static_cast<uint32_t>(b.tile - e.first_tile));
     b.row = 0;
     b.seen = frontier_[b.entry];
@@ -134,18 +134,18 @@ class Simulation {
     b.step = Step::read;
   }
 
-  uint32_t offset(const Block& b, const SliceEntry& e, uint32_t row) const {
+  uint32_t offset(const Block& b, const TiledEntry& e, uint32_t row) const {
     return static_cast<uint32_t>(e.address + (read_begin(e, b.t, row) << e.log2_element)) % kVector;
   }
 
-  void read_row(Block& b, const SliceEntry& e) {
+  void read_row(Block& b, const TiledEntry& e) {
     const int64_t from = e.address + (read_begin(e, b.t, b.row) << e.log2_element);
     const uint32_t size = b.t.width * static_cast<uint32_t>(e.c) << e.log2_element;
     std::memcpy(b.stage.data() + b.row * slot_bytes(e, b.t) + offset(b, e, b.row), bytes(from), size);
     ++b.row;
   }
 
-  void compact(Block& b, const SliceEntry& e) {
+  void compact(Block& b, const TiledEntry& e) {
     const uint32_t n = write_count(e, b.t), element = 1u << e.log2_element;
     b.out.resize(static_cast<size_t>(n) * element);
     if (e.straight) {
@@ -161,7 +161,7 @@ class Simulation {
     }
   }
 
-  void write(const Block& b, const SliceEntry& e) {
+  void write(const Block& b, const TiledEntry& e) {
     const int64_t begin = write_begin(e, b.t), end = begin + write_count(e, b.t);
     for (int64_t j = 0; j < e.tiles; ++j) {
       if (read_[e.first_tile + j]) continue;
@@ -190,15 +190,15 @@ class Simulation {
 extern "C" {
 
 // Slices all entries in place with `blocks` blocks. slack: how many tiles less than it should a block waits for.
-int64_t simulate(const SliceEntry* entries, int64_t n_entries, const int32_t* tile_entry, int64_t tiles, int64_t blocks,
+int64_t simulate(const TiledEntry* entries, int64_t n_entries, const int32_t* tile_entry, int64_t tiles, int64_t blocks,
                  int64_t schedule, uint64_t seed, int64_t slack) {
   return Simulation({entries, n_entries, tile_entry, tiles}, blocks, schedule, seed, slack).run();
 }
 
 // out: the last tile that `tile` waits for; the last one that really reads what it writes; and the last one before it
 // that starts to read below the end of what it writes.
-void conflicts(const SliceEntry* entry, int64_t tile, int64_t* out) {
-  const SliceEntry& e = *entry;
+void conflicts(const TiledEntry* entry, int64_t tile, int64_t* out) {
+  const TiledEntry& e = *entry;
   const Tile t = describe(e, static_cast<uint32_t>(tile));
   const int64_t begin = write_begin(e, t), end = begin + write_count(e, t);
   out[0] = last_conflict(e, static_cast<uint32_t>(tile), t);
@@ -222,6 +222,6 @@ int64_t quotient_is_exact(int64_t d) {
   return 1;
 }
 
-int64_t entry_bytes() { return sizeof(SliceEntry); }
+int64_t entry_bytes() { return sizeof(TiledEntry); }
 
 }  // extern "C"

@@ -55,7 +55,7 @@ void slice_channels_cuda(const SliceLaunch& launch) {
   const DeviceGuard guard(launch.device);
   const int64_t most = slice_channels_blocks(launch.device);
   const dim3 blocks(static_cast<unsigned>(launch.tiles < most ? launch.tiles : most));
-  auto* entries = pointer<const SliceEntry>(launch.entries);
+  auto* entries = pointer<const TiledEntry>(launch.entries);
   auto* tile_entry = pointer<const int>(launch.tile_entry);
   auto tiles = static_cast<uint32_t>(launch.tiles);
   auto* ticket = pointer<uint32_t>(launch.ticket);

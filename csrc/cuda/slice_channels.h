@@ -13,7 +13,7 @@ struct CudaError : std::runtime_error {
 
 // What one launch works on; all of it lies on `device`.
 struct SliceLaunch {
-  int64_t entries;     // (n,) SliceEntry
+  int64_t entries;     // (n,) TiledEntry
   int64_t tile_entry;  // (tiles,) int32: each tile's entry
   int64_t tiles;
   int64_t ticket;    // int32, zero

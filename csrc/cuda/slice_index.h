@@ -25,8 +25,9 @@ constexpr int kMaxRows = kThreads;      // rows of a tile
 
 enum class ScaleKind : int64_t { none, f32, bf16, f16, f64 };
 
-// One tensor. Filled by diffprune_fast/ops/slice_tables.py: keep the order of the fields.
-struct SliceEntry {
+// One tensor. Filled by diffprune_fast/ops/slice_tables.py as ENTRY, which has the same fields in the same order;
+// ops/cuda.py compares the two. The name is the CUDA extension's own: pybind11 knows a struct by it in all extensions.
+struct TiledEntry {
   int64_t address;
   int64_t bytes;  // before
   int64_t log2_element;
@@ -48,7 +49,7 @@ struct SliceEntry {
   int64_t reserved;
 };
 constexpr int kEntryFields = 24;
-static_assert(sizeof(SliceEntry) == kEntryFields * sizeof(int64_t), "slice_tables.py fills 24 fields");
+static_assert(sizeof(TiledEntry) == kEntryFields * sizeof(int64_t), "the kernel copies an entry field by field");
 
 struct Tile {
   uint32_t row;     // first row, after slicing
@@ -61,7 +62,7 @@ struct Tile {
 
 DIFFPRUNE_HD const int32_t* table(int64_t address) { return reinterpret_cast<const int32_t*>(address); }
 
-DIFFPRUNE_HD Tile describe(const SliceEntry& e, uint32_t tile) {
+DIFFPRUNE_HD Tile describe(const TiledEntry& e, uint32_t tile) {
   Tile t;
   if (e.segments == 1) {
     t.row = tile * static_cast<uint32_t>(e.rows_per_tile);
@@ -84,7 +85,7 @@ DIFFPRUNE_HD Tile describe(const SliceEntry& e, uint32_t tile) {
 }
 
 // The row before slicing that becomes row `row`.
-DIFFPRUNE_HD int64_t source_row(const SliceEntry& e, uint32_t row) {
+DIFFPRUNE_HD int64_t source_row(const TiledEntry& e, uint32_t row) {
   if (!e.keep0) return row;
   const uint32_t b = static_cast<uint32_t>(e.b), k0 = static_cast<uint32_t>(e.k0);
   const uint32_t outer = row / b, a = outer / k0;
@@ -92,21 +93,21 @@ DIFFPRUNE_HD int64_t source_row(const SliceEntry& e, uint32_t row) {
 }
 
 // First element that a tile reads for its row `r` (counted within the tile).
-DIFFPRUNE_HD int64_t read_begin(const SliceEntry& e, const Tile& t, uint32_t r) {
+DIFFPRUNE_HD int64_t read_begin(const TiledEntry& e, const Tile& t, uint32_t r) {
   return (source_row(e, t.row + r) * e.d1 + t.column) * e.c;
 }
 
 // The elements that a tile writes: write_count of them from write_begin on.
-DIFFPRUNE_HD int64_t write_begin(const SliceEntry& e, const Tile& t) {
+DIFFPRUNE_HD int64_t write_begin(const TiledEntry& e, const Tile& t) {
   return (static_cast<int64_t>(t.row) * e.k1 + t.kept) * e.c;
 }
-DIFFPRUNE_HD uint32_t write_count(const SliceEntry& e, const Tile& t) {
+DIFFPRUNE_HD uint32_t write_count(const TiledEntry& e, const Tile& t) {
   return t.rows * t.kept_n * static_cast<uint32_t>(e.c);
 }
 
 // The last tile before `tile` that may read what `tile` writes; -1 if there is none. Tiles start to read at ever higher
 // elements, so that it is enough to find the last one that starts below the end of what is written.
-DIFFPRUNE_HD int64_t last_conflict(const SliceEntry& e, uint32_t tile, const Tile& t) {
+DIFFPRUNE_HD int64_t last_conflict(const TiledEntry& e, uint32_t tile, const Tile& t) {
   const uint32_t n = write_count(e, t);
   if (n == 0) return -1;
   const int64_t last = write_begin(e, t) + n - 1;
@@ -134,7 +135,7 @@ DIFFPRUNE_HD int64_t last_conflict(const SliceEntry& e, uint32_t tile, const Til
 }
 
 // Bytes of shared memory between two rows of a tile: room for a row that starts anywhere between two accesses.
-DIFFPRUNE_HD uint32_t slot_bytes(const SliceEntry& e, const Tile& t) {
+DIFFPRUNE_HD uint32_t slot_bytes(const TiledEntry& e, const Tile& t) {
   const uint32_t row = t.width * static_cast<uint32_t>(e.c) << e.log2_element;
   return e.straight ? row : (row + 2 * (kVector - 1)) / kVector * kVector;
 }
@@ -153,7 +154,7 @@ DIFFPRUNE_HD uint32_t quotient(uint32_t n, Divisor by) {
 struct Place {
   uint32_t row, element;
 };
-DIFFPRUNE_HD Place place(const SliceEntry& e, const Tile& t, uint32_t q, Divisor row_length, Divisor c) {
+DIFFPRUNE_HD Place place(const TiledEntry& e, const Tile& t, uint32_t q, Divisor row_length, Divisor c) {
   const uint32_t row = t.rows == 1 ? 0 : quotient(q, row_length);
   const uint32_t in_row = q - row * row_length.value;
   const uint32_t k = quotient(in_row, c);

@@ -38,14 +38,14 @@ struct Shared {
   alignas(16) unsigned char stage[kStageBytes];
   alignas(16) unsigned char out[kOutBytes];
   int64_t row_begin[kMaxRows];  // first byte of each row that is read
-  alignas(16) SliceEntry entry;
+  alignas(16) TiledEntry entry;
   int64_t last_conflict;
   uint32_t ticket;
 };
 
 // Rows of the tile -> stage, 16 bytes at a time. All of a thread's accesses are under way before it waits for them.
 __device__ __forceinline__ void read_tile(Shared& s, const Tile& t, uint32_t slot) {
-  const SliceEntry& e = s.entry;
+  const TiledEntry& e = s.entry;
   const int64_t begin = e.address, end = e.address + e.bytes;
   const uint32_t row_bytes = t.width * static_cast<uint32_t>(e.c) << e.log2_element;
   const uint32_t per_row = slot / kVector, total = per_row * t.rows;
@@ -68,27 +68,27 @@ __device__ __forceinline__ void read_tile(Shared& s, const Tile& t, uint32_t slo
 }
 
 template <class T>
-__device__ __forceinline__ T scaled(T x, const SliceEntry&, int64_t) {
+__device__ __forceinline__ T scaled(T x, const TiledEntry&, int64_t) {
   return x;
 }
 template <>
-__device__ __forceinline__ uint16_t scaled(uint16_t x, const SliceEntry& e, int64_t dim0) {
+__device__ __forceinline__ uint16_t scaled(uint16_t x, const TiledEntry& e, int64_t dim0) {
   const float factor = reinterpret_cast<const float*>(e.scale)[dim0];
   return e.scale_kind == static_cast<int64_t>(ScaleKind::bf16) ? scaled_bf16(x, factor) : scaled_f16(x, factor);
 }
 template <>
-__device__ __forceinline__ uint32_t scaled(uint32_t x, const SliceEntry& e, int64_t dim0) {
+__device__ __forceinline__ uint32_t scaled(uint32_t x, const TiledEntry& e, int64_t dim0) {
   return scaled_f32(x, reinterpret_cast<const float*>(e.scale)[dim0]);
 }
 template <>
-__device__ __forceinline__ uint64_t scaled(uint64_t x, const SliceEntry& e, int64_t dim0) {
+__device__ __forceinline__ uint64_t scaled(uint64_t x, const TiledEntry& e, int64_t dim0) {
   return scaled_f64(x, reinterpret_cast<const double*>(e.scale)[dim0]);
 }
 
 // Kept elements, one per thread at a time: stage -> out, where they lie as they will in memory.
 template <class T>
 __device__ __forceinline__ void compact(Shared& s, const Tile& t, uint32_t slot, uint32_t skip) {
-  const SliceEntry& e = s.entry;
+  const TiledEntry& e = s.entry;
   const uint32_t n = write_count(e, t);
   if (n == 0) return;
   const Divisor c = divisor(static_cast<uint32_t>(e.c)), row_length = divisor(t.kept_n * c.value);
@@ -125,7 +125,7 @@ __device__ __forceinline__ void write_tile(int64_t target, uint32_t bytes, const
 }
 
 __global__ void __launch_bounds__(kThreads, 4)
-    slice_channels_kernel(const SliceEntry* entries, const int* tile_entry, uint32_t tiles, uint32_t* ticket, int* read,
+    slice_channels_kernel(const TiledEntry* entries, const int* tile_entry, uint32_t tiles, uint32_t* ticket, int* read,
                           int* frontier) {
   Shared& s = block_memory<Shared>();
   const uint32_t thread = threadIdx.x;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (thread < kEntryFields)
       reinterpret_cast<int64_t*>(&s.entry)[thread] = reinterpret_cast<const int64_t*>(entries + which)[thread];
     __syncthreads();
-    const SliceEntry& e = s.entry;
+    const TiledEntry& e = s.entry;
     const uint32_t local = tile - static_cast<uint32_t>(e.first_tile);
     const Tile t = describe(e, local);
     const uint32_t slot = slot_bytes(e, t);

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from . import reference
 from .channel_scores import CRITERIA, DTYPES, ScoreTable
 from .slice_channels import Slice, sliced_shape
 
-ABI = 3
+ABI = 4
 
 _cpu: Any
 try:
@@ -28,6 +29,7 @@ else:
     if getattr(_cpu, "ABI", 0) != ABI:
         _missing = "the C++ extension was built from older sources: pip install -e . builds it anew"
 
+# The C++ enum Dtype.
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -55,28 +57,31 @@ def channel_scores_(
     """As :func:`diffprune_fast.ops.channel_scores_`, without its checks."""
     stacked = timestep_weights is not None
     reads = grads is not None and criterion != "magnitude"
-    thetas, rows = list(thetas), []
+    thetas, strides = list(thetas), []
     pass_grads = list(grads) if grads is not None and reads else []
     copied = []
     for i, theta in enumerate(thetas):
-        row = _layout(theta, table.entries[i].shape)
-        if row is None or (reads and not _same_layout(pass_grads[i], theta, stacked)):
-            row = _layout(theta := theta.contiguous(), table.entries[i].shape)
-            thetas[i] = theta
+        steps = _strides(theta, table.entries[i].shape)
+        if steps is None or (reads and not _same_layout(pass_grads[i], theta, stacked)):
+            thetas[i] = theta.contiguous()
+            steps = table.entries[i].shape[2], 1
             if reads:
                 copied.append(i)
                 pass_grads[i] = pass_grads[i].contiguous()
-        rows.append(row)
-    layout = np.array(rows, np.int64).reshape(-1, 6)
-    units, weights = table.cached("cpu", lambda: _static(table))
+        strides.append(steps)
+    if not thetas:
+        return scores
+    # bytes, because NumPy copies rows with gaps between their fields one field after the other
+    entries = np.frombuffer(bytearray(table.cached("cpu", lambda: _static(table))[0]), _cpu.SCORE_ENTRY)
+    entries["theta"] = [t.data_ptr() for t in thetas]
+    entries["dtype"] = [_DTYPE_CODES[t.dtype] for t in thetas]
+    entries["inner_stride"], entries["trailing_stride"] = zip(*strides)
+    if reads:
+        entries["grad"] = [g.data_ptr() for g in pass_grads]
     _cpu.channel_scores(
         scores.data_ptr(),
         scores.dtype == torch.float64,
-        np.array([t.data_ptr() for t in thetas], np.int64),
-        np.array([g.data_ptr() for g in pass_grads] if reads else [0] * len(thetas), np.int64),
-        layout,
-        units[0],
-        weights,
+        entries,
         CRITERIA.index(criterion),
         timestep_weights.detach().double().cpu().numpy() if timestep_weights is not None and reads else None,
         zero_grad and reads,
@@ -88,14 +93,13 @@ def channel_scores_(
     return scores
 
 
-def _layout(theta: Tensor, shape: tuple[int, int, int]) -> tuple[int, ...] | None:
-    """Dtype code, sizes and strides as csrc/channel_scores.h wants them; None if the tensor has to be copied first."""
+def _strides(theta: Tensor, shape: tuple[int, int, int]) -> tuple[int, int] | None:
+    """Of the inner and the trailing index; None if the tensor has to be copied first."""
     outer, inner, trailing = shape
-    code = _DTYPE_CODES[theta.dtype]
     if theta.is_contiguous():
-        return code, outer, inner, trailing, trailing, 1
+        return trailing, 1
     if _is_channels_last(theta) and tuple(theta.shape[:2]) == (outer, inner):
-        return code, outer, inner, trailing, 1, inner
+        return 1, inner
     return None
 
 
@@ -113,8 +117,8 @@ def _same_layout(grad: Tensor, theta: Tensor, stacked: bool) -> bool:
     return grad.is_contiguous() if theta.is_contiguous() else _is_channels_last(grad)
 
 
-def _static(table: ScoreTable) -> tuple[tuple[np.ndarray, list[Tensor]], np.ndarray]:
-    """Addresses of the entries' index tables (with what keeps them alive) and the entries' weights."""
+def _static(table: ScoreTable) -> tuple[bytes, list[Tensor]]:
+    """The C++ table as far as it is the same in every call, and what keeps the index tables in it alive."""
     alive: list[Tensor] = []
 
     def address(units: Tensor | None) -> int:
@@ -123,8 +127,27 @@ def _static(table: ScoreTable) -> tuple[tuple[np.ndarray, list[Tensor]], np.ndar
         alive.append(units.detach().cpu().contiguous())
         return alive[-1].data_ptr()
 
-    units = np.array([(address(e.row_units), address(e.col_units)) for e in table.entries], np.int64)
-    return (units.reshape(-1, 2), alive), np.array([e.weight for e in table.entries], np.float64)
+    rows = []
+    for entry in table.entries:
+        outer, inner, trailing = entry.shape
+        rows.append(
+            {
+                "outer": outer,
+                "inner": inner,
+                "trailing": trailing,
+                "row_units": address(entry.row_units),
+                "col_units": address(entry.col_units),
+                "weight": entry.weight,
+                **dict.fromkeys(("theta", "grad", "dtype", "inner_stride", "trailing_stride"), 0),  # the call's
+            }
+        )
+    return _rows(rows, _cpu.SCORE_ENTRY).tobytes(), alive
+
+
+def _rows(rows: Sequence[Mapping[str, float]], dtype: np.dtype) -> np.ndarray:
+    """A table for C++. Raises KeyError for a field of the C++ struct that a row lacks."""
+    in_order = itemgetter(*(dtype.names or ()))
+    return np.array([in_order(row) for row in rows], dtype)
 
 
 @torch.no_grad()
@@ -136,7 +159,7 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
     tensor's.
     """
     alive: list[Tensor] = []
-    rows: list[list[int]] = []
+    rows: list[dict[str, int]] = []
     within: list[int] = []
     others: list[int] = []
     for i, (tensor, piece) in enumerate(zip(tensors, slices)):
@@ -147,7 +170,7 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
             within.append(i)
             rows.append(row)
     if rows:
-        _cpu.slice_channels(np.array(rows, np.int64), torch.get_num_threads())
+        _cpu.slice_channels(_rows(rows, _cpu.SLICE_ENTRY), torch.get_num_threads())
     for i in within:
         _shrink(tensors[i], sliced_shape(tensors[i], slices[i]))
     _slice_into_new_memory([tensors[i] for i in others], [slices[i] for i in others])
@@ -190,7 +213,7 @@ def _slice_into_new_memory(tensors: Sequence[Tensor], slices: Sequence[Slice]) -
     budget = max((t.numel() * t.element_size() for t in tensors), default=0)
     for batch in _batches(tensors, slices, budget):
         outs = [reference.empty_like(tensors[i], sliced_shape(tensors[i], slices[i])) for i in batch]
-        rows: list[list[int]] = []
+        rows: list[dict[str, int]] = []
         alive: list[Tensor] = []
         for i, out in zip(batch, outs):
             row = _slice_row(tensors[i], slices[i], out.data_ptr(), alive)
@@ -199,7 +222,7 @@ def _slice_into_new_memory(tensors: Sequence[Tensor], slices: Sequence[Slice]) -
             else:
                 rows.append(row)
         if rows:
-            _cpu.slice_channels(np.array(rows, np.int64), torch.get_num_threads())
+            _cpu.slice_channels(_rows(rows, _cpu.SLICE_ENTRY), torch.get_num_threads())
         for i in batch:
             tensors[i].data = outs.pop(0)
 
@@ -218,11 +241,12 @@ def _batches(tensors: Sequence[Tensor], slices: Sequence[Slice], budget: int) ->
         yield batch
 
 
-def _slice_row(tensor: Tensor, piece: Slice, target: int, alive: list[Tensor]) -> list[int] | None:
-    """A row of csrc/slice_channels.h's table; None where the reference has to serve."""
+def _slice_row(tensor: Tensor, piece: Slice, target: int, alive: list[Tensor]) -> dict[str, int] | None:
+    """A ``SliceEntry`` of csrc/slice_channels.h; None where the reference has to serve."""
     order = reference.memory_order(tensor)
-    sizes = [tensor.shape[d] for d in order]
-    cut = sorted(order.index(d) for d, keep in piece.keep.items() if len(keep) < tensor.shape[d])
+    shape = tensor.shape
+    sizes = [shape[d] for d in order]
+    cut = [p for p, d in enumerate(order) if d in piece.keep and len(piece.keep[d]) < sizes[p]]
     if piece.scale is not None:
         if not order or order[0] != 0 or tensor.dtype not in DTYPES:
             return None
@@ -237,17 +261,28 @@ def _slice_row(tensor: Tensor, piece: Slice, target: int, alive: list[Tensor]) -
         keeps.append(None)
     a, b = cut
     counts = [sizes[p] if keep is None else len(keep) for p, keep in zip(cut, keeps)]
-    scale = 0
+    scale = dtype = 0
     if piece.scale is not None:
         alive.append(piece.scale.detach().to("cpu", torch.float64).contiguous())
-        scale = alive[-1].data_ptr()
+        scale, dtype = alive[-1].data_ptr(), _DTYPE_CODES[tensor.dtype]
     addresses = []
     for keep in keeps:
         if keep is not None:
             alive.append(keep.cpu().contiguous())
         addresses.append(alive[-1].data_ptr() if keep is not None else 0)
-    pre, mid, post = math.prod(sizes[:a]), math.prod(sizes[a + 1 : b]), math.prod(sizes[b + 1 :])
-    return [
-        tensor.data_ptr(), target, tensor.element_size(), pre, sizes[a], mid, sizes[b], post,
-        *addresses, *counts, scale, _DTYPE_CODES.get(tensor.dtype, 0),
-    ]  # fmt: skip
+    return {
+        "source": tensor.data_ptr(),
+        "target": target,
+        "element_size": tensor.element_size(),
+        "pre": math.prod(sizes[:a]),
+        "a": sizes[a],
+        "mid": math.prod(sizes[a + 1 : b]),
+        "b": sizes[b],
+        "post": math.prod(sizes[b + 1 :]),
+        "keep_a": addresses[0],
+        "keep_b": addresses[1],
+        "n_keep_a": counts[0],
+        "n_keep_b": counts[1],
+        "scale": scale,
+        "dtype": dtype,
+    }

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import reference, slice_tables
 from .slice_channels import Slice, sliced_shape
 
-ABI = 1
+ABI = 2
 
 _cuda: Any
 try:
@@ -27,7 +27,7 @@ except ImportError as error:
         "it, PyTorch's index_select slices on GPUs"
     )
 else:
-    if getattr(_cuda, "ABI", 0) != ABI:
+    if getattr(_cuda, "ABI", 0) != ABI or _cuda.TILED_ENTRY != slice_tables.ENTRY:
         _missing = "the CUDA extension was built from older sources: pip install -e . builds it anew"
 
 
@@ -72,7 +72,8 @@ def prepare(tables: slice_tables.SliceTables, device: torch.device) -> Prepared:
     """Upload the tables on the current stream, by copies that the host doesn't wait for."""
     indices = _put(tables.indices, device)
     scales = [scale.to(device, non_blocking=True) for _, scale in tables.scales]
-    entries = _put(tables.placed(indices.data_ptr(), [s.data_ptr() for s in scales]), device)
+    placed = tables.placed(indices.data_ptr(), [s.data_ptr() for s in scales])
+    entries = _put(placed.view(np.int64).reshape(len(placed), -1), device)  # PyTorch has no rows with named fields
     tile_entry = _put(tables.tile_entry, device)
     flags = torch.zeros(1 + len(tile_entry) + len(entries), dtype=torch.int32, device=device)
     return Prepared(entries, tile_entry, flags, (indices, *scales))

@@ -1,6 +1,6 @@
 """The tables that the CUDA slicing kernel walks: how tensors are cut into tiles.
 
-The fields and their meaning: ``SliceEntry`` in csrc/cuda/slice_index.h.
+The fields and their meaning: ``TiledEntry`` in csrc/cuda/slice_index.h.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .reference import memory_order
 from .slice_channels import Slice, sliced_shape
 
-FIELDS = [
+FIELDS = (
     "address",
     "bytes",
     "log2_element",
@@ -41,7 +42,8 @@ FIELDS = [
     "tiles",
     "straight",
     "reserved",
-]
+)
+ENTRY = np.dtype([(name, np.int64) for name in FIELDS])
 STAGE_BYTES = 16 * 1024
 MAX_ROWS = 256
 VECTOR = 16
@@ -55,7 +57,7 @@ _POINTERS = ("keep0", "rank0", "keep1", "cuts")
 class SliceTables:
     """Tables on the host. Index addresses in ``entries`` are 1 + the position in ``indices``, 0 for none.
 
-    entries: ``(n, 24)`` int64. indices: int32. tile_entry: ``(tiles,)`` int32. scales: ``(entry, factors)``, which
+    entries: ``(n,)`` of ``ENTRY``. indices: int32. tile_entry: ``(tiles,)`` int32. scales: ``(entry, factors)``, which
     have to be put where the tensors are.
     """
 
@@ -68,10 +70,10 @@ class SliceTables:
         """``entries`` with real addresses, once indices and scales are on the device."""
         entries = self.entries.copy()
         for name in _POINTERS:
-            column = entries[:, FIELDS.index(name)]
+            column = entries[name]
             column[:] = np.where(column > 0, index_address + 4 * (column - 1), 0)
         for (row, _), address in zip(self.scales, scale_addresses):
-            entries[row, FIELDS.index("scale")] = address
+            entries["scale"][row] = address
         return entries
 
 
@@ -183,12 +185,12 @@ class TableBuilder:
         return True
 
     def finish(self) -> SliceTables:
-        entries = np.array([[row[name] for name in FIELDS] for row in self.rows], np.int64).reshape(-1, len(FIELDS))
-        counts = entries[:, FIELDS.index("tiles")]
+        in_order = itemgetter(*FIELDS)
+        entries = np.array([in_order(row) for row in self.rows], ENTRY)
         return SliceTables(
             entries=entries,
             indices=np.concatenate([*self._indices, np.zeros(1, np.int32)]),
-            tile_entry=np.repeat(np.arange(len(self.rows), dtype=np.int32), counts),
+            tile_entry=np.repeat(np.arange(len(self.rows), dtype=np.int32), entries["tiles"]),
             scales=tuple(self.scales),
         )
 

@@ -296,12 +296,12 @@ def test_division_by_multiplication_is_exact(kernel: ctypes.CDLL) -> None:
 
 
 def test_python_and_cpp_agree_on_the_layout_of_an_entry(kernel: ctypes.CDLL) -> None:
-    assert kernel.entry_bytes() == 8 * len(slice_tables.FIELDS)
+    assert kernel.entry_bytes() == slice_tables.ENTRY.itemsize
     header = (CSRC / "slice_index.h").read_text()
-    body = header[header.index("struct SliceEntry {") : header.index("constexpr int kEntryFields")]
+    body = header[header.index("struct TiledEntry {") : header.index("constexpr int kEntryFields")]
     code = re.sub(r"//.*", "", body)
     names = [n.strip() for line in re.findall(r"int64_t ([^;]+);", code) for n in line.split(",")]
-    assert names == slice_tables.FIELDS
+    assert tuple(names) == slice_tables.ENTRY.names
     assert f"kStageBytes = {slice_tables.STAGE_BYTES // 1024} * 1024" in header
 
 
@@ -332,7 +332,7 @@ def test_scaled_rows_know_their_factor(dtype: torch.dtype) -> None:
     tables, left = slice_tables.build(
         [torch.empty(8, 6, dtype=dtype)], [Slice({0: torch.tensor([0, 2, 3, 5, 7]), 1: torch.arange(3)}, scale)]
     )
-    (row, values), entry = tables.scales[0], dict(zip(slice_tables.FIELDS, tables.entries[0].tolist()))
+    (row, values), entry = tables.scales[0], tables.entries[0]
     assert left == []
     assert row == 0
     assert entry["scale_period"] == 3

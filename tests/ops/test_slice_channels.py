@@ -232,6 +232,8 @@ def test_new_memory_never_exceeds_the_largest_tensor(monkeypatch) -> None:
         return out
 
     class Native:
+        SLICE_ENTRY = cpu._cpu.SLICE_ENTRY
+
         @staticmethod
         def can_slice_in_place():
             return False
