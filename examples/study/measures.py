@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from classifier import Features
 from data import Patches
+from digits.classifier import Features
 from models import CLASSES, Loader, Subject
 from torch import Tensor, nn
 
