@@ -15,13 +15,13 @@ from ..choices import CompensationMode, check_choice
 from ..objective.checks import check_weights
 from ..objective.isolation import unwrapped
 from ..objective.loss import LossFunction
+from ..scoring.checks import AUTOCAST
 from .calibration import Calibration, asleep, called, drawn
 from .consumers import Consumer, Kept, consumers, norms
 from .estimates import Estimate, agreed, decided, means_of, measured
 from .record import record
 from .solve import Solver
 
-AUTOCAST = {None: None, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
 SAMPLES = 128
 HELD_BACK = 64
 
