@@ -28,7 +28,7 @@ SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 
 .PHONY: help demo examples study test sanitize lint format bench clean
 
 help:
-	@echo "make demo     prune a real model, compare it, write demo/report.html (about 7 minutes)"
+	@echo "make demo     prune a real model, compare it, write demo/report.html (about 8 minutes)"
 	@echo "make examples prune a GAN's generator and a VAE in plain PyTorch (about two minutes)"
 	@echo "make study    ways of pruning compared on four small models (many hours; goes on where it was stopped)"
 	@echo "make test     all tests"
