@@ -34,12 +34,8 @@ class Batches:
     """
 
     def __init__(self, loader: Iterable[Any], check: Callable[[Any], None]) -> None:
-        loader = as_loader(loader)
-        self._loader, self._check = loader, check
-        self._iterator: Iterator[Any] = iter(loader)
-        self._once = self._iterator is loader
-        self._cache: list[Any] = []
-        self._room = CACHE_BYTES
+        self._loader, self._check = replayed(as_loader(loader)), check
+        self._iterator: Iterator[Any] = iter(self._loader)
         self._left: Any = None
         self.first = self._draw(empty=EMPTY)
         self._pending: list[Any] = [self.first]
@@ -64,10 +60,9 @@ class Batches:
             except StopIteration:
                 if attempt or empty:
                     break
-                self._iterator = iter(self._cache) if self._once else iter(self._loader)
+                self._iterator = iter(self._loader)
                 continue
             self._check(batch)
-            self._remember(batch)
             return batch
         raise ValueError(
             empty
@@ -75,20 +70,11 @@ class Batches:
             "or one that holds max_samples images"
         )
 
-    def _remember(self, batch: Any) -> None:
-        """Keep a batch of a loader that can't be walked again, while there is room (the first one always)."""
-        if not self._once or (self._cache and self._iterator is not self._loader):
-            return
-        size = sum(x.nbytes for x in tensors_in(batch))
-        if size <= self._room or not self._cache:
-            self._room -= size
-            self._cache.append(batch)
-
 
 class Replay:
     """A loader that can be walked only once, to be walked again and again: what it yielded is kept.
 
-    Beyond ``CACHE_BYTES`` it ends, and only what was kept is seen again.
+    Up to ``CACHE_BYTES`` (the first batch always); what found no room is seen by the first who gets there alone.
     """
 
     def __init__(self, iterator: Iterator[Any]) -> None:
@@ -97,22 +83,16 @@ class Replay:
         self._room = CACHE_BYTES
 
     def __iter__(self) -> Iterator[Any]:
-        for i in itertools.count():
-            if i == len(self._kept) and not self._draw():
-                return
-            yield self._kept[i]
-
-    def _draw(self) -> bool:
-        if self._room <= 0:
-            return False
+        yield from self._kept  # also what is kept while somebody else walks further
         for batch in self._iterator:
-            self._room -= sum(x.nbytes for x in tensors_in(batch))
-            self._kept.append(batch)
-            return True
-        return False
+            size = sum(x.nbytes for x in tensors_in(batch))
+            if size <= self._room or not self._kept:
+                self._room -= size
+                self._kept.append(batch)
+            yield batch
 
 
-def replayed(loader: Iterable[Any] | None) -> Iterable[Any] | None:
+def replayed(loader: Iterable[Any]) -> Iterable[Any]:
     """The loader, which may be walked any number of times also where it is its own iterator (a generator)."""
     return Replay(loader) if isinstance(loader, Iterator) else loader
 

@@ -11,7 +11,7 @@ import torch
 from scoring_models import images, tiny
 from torch import Tensor
 
-from diffprune_fast.objective.batches import Batches, check_images, count, in_channels, repeated
+from diffprune_fast.objective.batches import Batches, check_images, count, in_channels, repeated, replayed
 
 torch.set_num_threads(1)
 
@@ -68,6 +68,15 @@ def test_what_a_generator_leaves_in_memory_is_limited(monkeypatch: pytest.Monkey
     batches = Batches((numbered(i, 2) for i in (0, 2, 4)), accept)
     assert batches.take(6).flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert batches.take(6).flatten().tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_a_generator_goes_on_beyond_what_is_kept_whoever_walks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffprune_fast.objective.batches.CACHE_BYTES", numbered(0, 4).nbytes)
+    replay = replayed(numbered(i, 2) for i in (0, 2, 4, 6))
+    first = iter(replay)
+    assert [next(first).flatten().tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert [x.flatten().tolist() for x in replay] == [[0, 1], [2, 3], [6, 7]]
+    assert [x.flatten().tolist() for x in replay] == [[0, 1], [2, 3]]
 
 
 def test_a_loader_that_runs_dry_is_an_error() -> None:
