@@ -119,18 +119,17 @@ def score_and_prune(
     budget: Budget = {"ratio": ratio, "params": params, "macs": macs}
     if drop_blocks is not None and plan is not None:
         raise ValueError("drop_blocks changes what goes together: leave out plan, it is traced without the blocks")
+    progress = scoring.get("progress", True)
     own = None
     if are_prompts(loader) or (loader is None and _needs_data(scoring, compensate)):
-        how = {"seed": seed, "progress": scoring.get("progress", True)}
-        loader = own = own_loader(model, loader, scheduler=scoring.get("scheduler"), **how)
+        loader = own = own_loader(model, loader, scheduler=scoring.get("scheduler"), seed=seed, progress=progress)
     target = find_target(model, component, loader, options)
     check_optimizer(target.model, optimizer, inplace)
     scoring["scheduler"] = target.scheduler
-    example_inputs, loader = _inputs(target, example_inputs, scoring, seed)
-    loader = replayed(loader)
+    training = {"seed": seed, "scheduler": target.scheduler, "loss_fn": scoring.get("loss_fn")}
+    example_inputs, loader = _inputs(target, example_inputs, training)
+    loader = None if loader is None else replayed(loader)
 
-    training = {name: scoring.get(name) for name in ("scheduler", "loss_fn")}
-    running = {"seed": seed, "autocast": scoring.get("autocast"), "progress": scoring.get("progress", True), **training}
     backend = scoring.get("backend", "auto")
     laps = _Laps()
     with shallower(
@@ -155,7 +154,7 @@ def score_and_prune(
         laps.end("rehearse")
 
         seen = loader if rotate and optimizer is None else None
-        with rotated(dense, plan, seen, stays=inplace, seed=seed, **training) as rotation:
+        with rotated(dense, plan, seen, stays=inplace, **training) as rotation:
             laps.end("rotate" if seen is not None else None)
 
             scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
@@ -173,18 +172,23 @@ def score_and_prune(
                 inplace=inplace,
                 optimizer=optimizer,
                 slicing={"norm_groups": norm_groups, "example_inputs": example_inputs, "backend": backend},
-                solving={"mode": "auto" if compensate is True else compensate, **running},
+                solving={
+                    "mode": "auto" if compensate is True else compensate,
+                    "autocast": scoring.get("autocast"),
+                    "progress": progress,
+                    **training,
+                },
             )
-    seconds = {**laps.seconds, **result.seconds}
-    found = {
-        "own_samples": 0 if own is None else own.n,
-        "scores": scores,
-        "selection": selection,
-        "rotation": rotation,
-        "seed": seed,
-        "seconds": seconds,
-    }
-    return target.put_back(shallow.tell(record(result, **found)))
+    result = record(
+        result,
+        own_samples=0 if own is None else own.n,
+        scores=scores,
+        selection=selection,
+        rotation=rotation,
+        seed=seed,
+        seconds={**laps.seconds, **result.seconds},
+    )
+    return target.put_back(shallow.tell(result))
 
 
 def _slice(
@@ -220,13 +224,12 @@ def _needs_data(scoring: Mapping[str, Any], compensate: CompensationMode | bool)
     return scoring.get("loss_fn") is None and (asked or (rule is not None and rule.needs_data))
 
 
-def _inputs(target: Target, given: Any, scoring: Mapping[str, Any], seed: int) -> tuple[Any, Iterable[Any] | None]:
+def _inputs(target: Target, given: Any, training: Mapping[str, Any]) -> tuple[Any, Iterable[Any] | None]:
     """What the model is traced with, and the loader with nothing missing."""
     if given is not None or knows_inputs(target.model):
         return given, target.loader
     if target.loader is not None:
-        how = {name: scoring.get(name) for name in ("scheduler", "loss_fn")}
-        return first_call(target.model, target.loader, seed=seed, **how)
+        return first_call(target.model, target.loader, **training)
     return (None if target.pipeline is None else example_call(target.pipeline, target.component)), None
 
 
