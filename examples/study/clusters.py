@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from methods import Missing, Pruner
+from methods import Pruner
 
 from diffprune_fast.plan.lattice import Lattice, lattice, rank_units
 from diffprune_fast.selection.search import nearest
@@ -16,7 +15,7 @@ SHARE = 1 / 3
 SCORED_BY = ("random", "magnitude", "taylor", "micro")
 
 
-def damage_rows(pruner: Pruner, results: Any, missing: Callable[[str], None]) -> None:
+def damage_rows(pruner: Pruner, results: Any) -> None:
     """One line for every cluster: groups that constraints tie to one another, which lose the same share.
 
     In it micro's lowest third goes. "damage": the mean squared change of the output, "compensated": the same after
@@ -39,10 +38,7 @@ def damage_rows(pruner: Pruner, results: Any, missing: Callable[[str], None]) ->
         bounds = zip(plan.groups, plan.offsets[:-1], plan.offsets[1:])
         sliced = pruner.sliced({g.name: np.flatnonzero(kept[start:stop]) for g, start, stop in bounds})
         found = {"gone": int((~kept).sum()), "damage": bench.damage(sliced.model)}
-        try:
-            found["compensated"] = bench.damage(pruner.compensated(sliced, 0))
-        except Missing as error:
-            missing(str(error))
+        found["compensated"] = bench.damage(pruner.compensated(sliced, 0))
         found["scores"] = forecasts(pruner, ~kept)
         results.add({**row, **found, "seconds": round(time.perf_counter() - started, 1)})
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,9 @@ from measures import Bench
 from models import Loader
 from torch import nn
 
-from diffprune_fast import PruneResult, Scores, prune, score, select, trace
+from diffprune_fast import PruneResult, Scores, compensate, prune, score, select, trace
 from diffprune_fast.recovery import finetune
+from diffprune_fast.rotation import rotate_heads
 from diffprune_fast.slicing import dry_run
 
 # "micro" is Diff-Pruning as this library estimates it, "reference" as the method's published loop does.
@@ -32,10 +31,6 @@ CRITERIA: Mapping[str, Mapping[str, str]] = {
 ALLOCATIONS = ("mean", "uniform", "gauss-newton")
 VARIANTS = ("plain", "heads rotated", "own samples")
 WITHOUT_DATA = ("random", "magnitude")
-
-
-class Missing(Exception):
-    """This version of the library can't do that yet."""
 
 
 class Pruner:
@@ -52,10 +47,10 @@ class Pruner:
         self._scores: dict[tuple[str, int], Scores] = {}
 
     def scores(self, criterion: str, seed: int) -> Scores:
-        """A criterion's scores, with the damage that a Gauss-Newton allocation goes by where the library gives it."""
+        """A criterion's scores, with the damage that a Gauss-Newton allocation goes by."""
         if (criterion, seed) not in self._scores:
             found = self._scored(criterion, seed)
-            if criterion != "micro" and _has_damage():
+            if criterion != "micro":
                 found = dataclasses.replace(found, damage=self.scores("micro", seed).damage)
             self._scores[criterion, seed] = found
         return self._scores[criterion, seed]
@@ -65,8 +60,7 @@ class Pruner:
 
     def _scored(self, criterion: str, seed: int) -> Scores:
         bench, options = self.bench, dict[str, Any](CRITERIA[criterion])
-        if _has_damage():
-            options["damage"] = criterion == "micro"
+        options["damage"] = criterion == "micro"
         batch = bench.amounts.reference_batch if criterion == "reference" else None
         loader = None if criterion in WITHOUT_DATA else self._loader(seed, batch)
         options |= {"max_samples": bench.amounts.scored, "seed": seed, "progress": False}
@@ -82,7 +76,6 @@ class Pruner:
 
     def compensated(self, sliced: PruneResult, seed: int) -> nn.Module:
         """The sliced model, its weights solved for what was removed."""
-        compensate = _library("compensation", "compensate")
         model = copy.deepcopy(sliced.model)
         kept = dry_run(self.dense, self.plan, sliced.keep, example_inputs=self._example).kept
         how = {"scheduler": self.bench.scheduler, "seed": seed, "progress": False}
@@ -91,8 +84,6 @@ class Pruner:
 
     def distilled(self, model: nn.Module, seed: int) -> nn.Module:
         """Trained towards the dense model's outputs."""
-        if "teacher" not in inspect.signature(finetune).parameters:
-            raise Missing("finetune takes no teacher")
         return self._trained(model, seed, lr=self.bench.amounts.lr, teacher=self.dense)
 
     def finetuned(self, model: nn.Module, seed: int, lr: float | None = None) -> nn.Module:
@@ -106,31 +97,12 @@ class Pruner:
         return model
 
 
-def _has_damage() -> bool:
-    return "damage" in inspect.signature(score).parameters
-
-
 def _allocated(allocation: str) -> dict[str, str]:
     """Options of ``select``: every group the same share, or groups compared by mean or by Gauss-Newton."""
-    known = "allocation" in inspect.signature(select).parameters
-    if allocation == "uniform":
-        return {"ranking": "local"}
-    if known:
-        return {"ranking": "global", "allocation": allocation}
-    if allocation == "mean":
-        return {"ranking": "global"}
-    raise Missing(f"select knows no allocation {allocation!r}")
-
-
-def _library(room: str, name: str) -> Callable[..., Any]:
-    try:
-        return getattr(importlib.import_module(f"diffprune_fast.{room}"), name)
-    except (ModuleNotFoundError, AttributeError):
-        raise Missing(f"diffprune_fast.{room} has no {name}") from None
+    return {"ranking": "local"} if allocation == "uniform" else {"ranking": "global", "allocation": allocation}
 
 
 def _rotated(bench: Bench) -> nn.Module:
-    rotate_heads = _library("rotation", "rotate_heads")
     model = copy.deepcopy(bench.dense)
     rotate_heads(model, trace(model, bench.subject.example(model)), bench.loader(0), scheduler=bench.scheduler)
     return model

@@ -37,7 +37,7 @@ from diffusers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from clusters import damage_rows
 from measures import QUICK, Amounts, Bench
-from methods import ALLOCATIONS, CRITERIA, VARIANTS, Missing, Pruner
+from methods import ALLOCATIONS, CRITERIA, VARIANTS, Pruner
 from models import SUBJECTS
 from tables import tables
 from torch import nn
@@ -107,9 +107,7 @@ def stages_of(case: Case, args: argparse.Namespace) -> list[str]:
     return [s for s in args.stages if s not in TRAINED or case.budget in args.trained]
 
 
-def prune_in_stages(
-    pruner: Pruner, case: Case, args: argparse.Namespace, results: Results, missing: Callable[[str], None]
-) -> None:
+def prune_in_stages(pruner: Pruner, case: Case, args: argparse.Namespace, results: Results) -> None:
     """Every missing figure of one case."""
     measures = MEASURES if args.samples else MEASURES[:1]
     wanted = [
@@ -141,11 +139,7 @@ def prune_in_stages(
         return made[stage]
 
     for stage, measure in wanted:
-        try:
-            model = stage_model(stage)
-        except Missing as error:
-            missing(str(error))
-            continue
+        model = stage_model(stage)
         row = {**case.row(stage, measure), "params": sliced.after.params, "macs": sliced.after.macs}
         results.add({**row, **_measured(pruner.bench, model, measure), **_seconds(started)})
         started = time.perf_counter()
@@ -182,24 +176,16 @@ def dense_rows(pruner: Pruner, args: argparse.Namespace, results: Results) -> No
 def run(args: argparse.Namespace, amounts: Amounts) -> Results:
     """Everything that ``args`` asks for and the file doesn't have."""
     results = Results(args.out / "results.jsonl")
-    missing: set[str] = set()
     for name in args.models:
         bench = Bench(SUBJECTS[name], amounts)
         pruners = {"plain": Pruner(bench)}
         dense_rows(pruners["plain"], args, results)
         if args.damage:
-            damage_rows(pruners["plain"], results, missing.add)
+            damage_rows(pruners["plain"], results)
         for case in cases(args, name):
-            try:
-                if case.variant not in pruners:
-                    pruners[case.variant] = Pruner(bench, case.variant)
-                prune_in_stages(pruners[case.variant], case, args, results, missing.add)
-            except Missing as error:
-                missing.add(str(error))
-    for why in sorted(missing):
-        print(f"left out: {why}")
-    if missing and args.quick:
-        sys.exit("a quick run has to try everything")
+            if case.variant not in pruners:
+                pruners[case.variant] = Pruner(bench, case.variant)
+            prune_in_stages(pruners[case.variant], case, args, results)
     return results
 
 
