@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..objective.batches import Batches, check_batch, count, join, part
 from ..objective.isolation import stand_ins
 from ..objective.loss import LossFunction, dtype_of, images_of, make_objective
+from ..objective.loss_run import precision, sum_dtype
 from ..objective.nested import map_tensors, moved, tensors_in
 from ..objective.randomness import early_timesteps, generator_for, own_randomness, stratified
 from ..objective.ranks import rank_and_count
@@ -81,7 +82,7 @@ def drawn(
 
     def losses(model: nn.Module, start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
-        with own_randomness(seed), _precision(device, autocast):
+        with own_randomness(seed), precision(device, autocast):
             return objective.loss(
                 model,
                 moved(part(batch, start, stop), device),
@@ -127,7 +128,7 @@ def called(
         a, k = moved(_rows([args, kwargs], n, start, stop), device)
         dtype = dtype_of(model)
         a, k = map_tensors([a, k], lambda x: x.to(dtype) if x.is_floating_point() else x)
-        with own_randomness(seed), _precision(device, autocast):
+        with own_randomness(seed), precision(device, autocast):
             found = model(*a, **k)
         return [x for x in tensors_in(_plain(found)) if x.is_floating_point()]
 
@@ -202,10 +203,6 @@ def _plain(found: Any) -> Any:
     return found if isinstance(found, (Tensor, Mapping, list, tuple)) else vars(found)
 
 
-def _precision(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
-
-
 def _share(n: int, rank: int, ranks: int) -> tuple[int, int]:
     return n * rank // ranks, n * (rank + 1) // ranks
 
@@ -218,7 +215,6 @@ def _check_share(samples: int, ranks: int) -> None:
 def _mean_over_ranks(value: float, weight: int, device: torch.device) -> float:
     if rank_and_count()[1] == 1:
         return value
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    both = torch.tensor([value * weight, weight], dtype=dtype, device=device)
+    both = torch.tensor([value * weight, weight], dtype=sum_dtype(device), device=device)
     torch.distributed.all_reduce(both)
     return float(both[0] / both[1])

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .patches import CONVOLUTIONS, NORMS
+from ..architectures.layers import CONVOLUTIONS, TRANSPOSED
+from .patches import NORMS
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KNOWN = (nn.Linear, *CONVOLUTIONS)
 Kept = Mapping[tuple[str, int], np.ndarray]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..choices import CompensationMode
+from ..objective.loss_run import sum_dtype
 from ..objective.ranks import rank_and_count
 from ..plan.plan import Keep, Plan
 from .calibration import Calibration
@@ -184,8 +185,7 @@ def agreed(means: Means, forward: float, device: torch.device) -> tuple[Means, f
     """The least that any rank has, so that all decide alike."""
     if rank_and_count()[1] == 1:
         return means, forward
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    least = torch.tensor([means.rate, means.room, means.host, forward], dtype=dtype, device=device)
+    least = torch.tensor([means.rate, means.room, means.host, forward], dtype=sum_dtype(device), device=device)
     torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
     rate, room, host, forward = least.tolist()
     return Means(rate, room, host), forward

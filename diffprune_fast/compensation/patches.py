@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from ..architectures.layers import CONVOLUTIONS
+
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 # What one chunk of rows may take: large enough for the matrix products to run at full speed.
 CHUNK_BYTES = 64 << 20

@@ -16,6 +16,16 @@ from .nested import moved
 from .randomness import NOISE, TIMESTEPS, generator_for, stratified
 
 
+def precision(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """A forward's dtype; None for the weights'."""
+    return nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What is summed in: double precision where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(kw_only=True)
 class LossRun:
     """A model, its training loss, and where its images come from.
@@ -38,13 +48,10 @@ class LossRun:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """What is summed in: double precision where the device has it."""
-        return torch.float32 if self.device.type == "mps" else torch.float64
+        return sum_dtype(self.device)
 
     def precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
+        return precision(self.device, self.autocast)
 
     def losses(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
         """``(batch,)`` losses, or a scalar where a ``loss_fn`` has no more. The host doesn't wait for the device.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..objective.loss_run import sum_dtype
 from ..objective.ranks import summed_over_ranks
 from .heads import HeadPair, Place
 
@@ -24,7 +25,7 @@ class Moments:
 
     def __init__(self, model: nn.Module, pairs: Sequence[HeadPair], device: torch.device) -> None:
         self._model, self._pairs = model, pairs
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = sum_dtype(device)
         self._sums: dict[Side, Tensor] = {}
         self._tokens: dict[Side, list[tuple[Tensor, int]]] = {}
         self._handles: list[Any] = []

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..architectures.layers import CONVOLUTIONS, TRANSPOSED
 from ..objective.batches import count
 from ..objective.nested import tensors_in
 from ..objective.randomness import generator_for
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..plan.plan import Member, Plan
-from .estimators import GradientHooks, Work, add_scores
+from .estimators import BUCKET_BYTES, GradientHooks, Work, add_scores
 from .tables import UnitTable, unit_table
 
 # The probes' place in the seed's tree; the others are in objective.randomness and score.
 PROBES = 4
-BUCKET_BYTES = 32 << 20
 # A micro-batch gives one draw, however many samples are in it: small ones say more for the same work. With 512 samples
 # the digits model at half its MACs had a loss of 0.077 by draws of 4 and 0.081 by draws of 32 (means of three seeds,
 # before any compensation; the same passes as the loss's, above its threshold, in draws of 32: 0.089).
@@ -35,9 +35,6 @@ SAMPLES_OF_A_DRAW = 4
 SAMPLES = 512
 # Objectives that call methods or parts of the model in place of its forward.
 CALLS_PARTS = ("reconstruction", "loss_fn")
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def consumer_table(plan: Plan, model: nn.Module) -> UnitTable:
