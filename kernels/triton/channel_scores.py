@@ -106,6 +106,9 @@ def _item(
             else:
                 g = tl.load(grad + at_grad, mask=inside, other=0).to(WIDE)
         if ZERO_GRAD:
+            # Triton lays out loads and stores each on its own and orders nothing between a program's threads: without
+            # this, one warp zeroes what another has yet to read (compile_ahead.py refuses that)
+            tl.debug_barrier()
             zero = tl.zeros([BLOCK_ROWS, BLOCK_COLS], DTYPE)
             if STACKED:
                 for step in range(n_steps):

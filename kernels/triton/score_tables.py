@@ -34,8 +34,9 @@ def block_shape(dtype: torch.dtype, stacked: bool, same_order: bool) -> tuple[in
     memory order (their addresses do): with all of them the compiler spills registers.
     """
     rows, cols = BLOCKS[dtype]
-    share = (2 if stacked else 1) if same_order else (8 if stacked else 2)
-    return rows // share, cols
+    if same_order:
+        return (8 if stacked else rows), cols
+    return rows // (8 if stacked else 2), cols
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,23 @@ def test_scores_are_as_good_as_pytorchs(
     assert all(bool(g.any()) != zero_grad for g in grads)
 
 
+@pytest.mark.parametrize("steps", [None, 2])
+def test_zeroing_gradients_loses_nothing_of_them(device: torch.device, steps: int | None) -> None:
+    # rows of no multiple of 16 bytes, read by one warp and zeroed by another; so many that every multiprocessor is full
+    copies, runs = (300, 200) if device.type == "cuda" else (2, 3)
+    shapes: list[Shape] = [(31, 127, 1), (37, 13, 9), (257, 511, 1), (64, 27, 1), (3, 1, 1)] * copies
+    table = make_table(shapes)
+    weights = None if steps is None else torch.tensor([0.5, -1.25], device=device)
+    thetas, originals = (make_tensors(shapes[:5], device, torch.float32, *a) for a in ((1,), (2, steps)))
+    thetas, originals = ([t.clone() for _ in range(copies) for t in ts] for ts in (thetas, originals))
+    grads = [g.clone() for g in originals]
+    expected = scored(thetas, grads, table, timestep_weights=weights)
+    for _ in range(runs):
+        torch._foreach_copy_(grads, originals)
+        assert torch.equal(scored(thetas, grads, table, timestep_weights=weights, zero_grad=True), expected)
+    assert not any(bool(g.any()) for g in grads)
+
+
 @pytest.mark.parametrize("theta_last", [False, True])
 @pytest.mark.parametrize("grad_last", [False, True])
 def test_memory_formats_may_differ(device: torch.device, theta_last: bool, grad_last: bool) -> None:
