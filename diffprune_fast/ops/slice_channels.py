@@ -56,6 +56,22 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice], *, backe
         mine = [i for i, t in enumerate(tensors) if t.device == device]
         run = dispatch.choose("slice_channels", device, backend)
         run([tensors[i] for i in mine], [slices[i] for i in mine])
+        for i in mine:
+            leave_old_graph(tensors[i])
+
+
+def leave_old_graph(tensor: Tensor) -> None:
+    """Let the next forward make a new gradient accumulator, of the tensor's present shape.
+
+    A graph that is still held (a loss in scope, DistributedDataParallel) keeps the accumulator with the old shape alive,
+    and autograd takes the one that there is, whatever became of the sizes. Only data of another type makes PyTorch let
+    go of it (``VariableHooks::set_data``, the same from 1.5 to 2.13), so the data goes away and comes back.
+    """
+    if tensor.requires_grad:
+        data = tensor.data
+        other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+        tensor.data = data
 
 
 def check(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:

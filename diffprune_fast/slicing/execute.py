@@ -14,6 +14,7 @@ from ..plan.plan import Plan
 from ..pruned.held_tensors import tables
 from ..pruned.kept_columns import keep_columns
 from .optimizers import state_of
+from .reducers import reducers_of, refuse_forward
 
 
 def slice_model(
@@ -44,6 +45,8 @@ def slice_model(
         module, _, name = path.rpartition(".")
         setattr(modules[module], name, value)
     keep_columns(model, sliced.kept, plan.shapes)
+    for reducer in reducers_of(model) if tensors else ():
+        reducer.register_forward_pre_hook(refuse_forward)
 
 
 def _row_scale(t: Tensor, keep: dict[int, Tensor], factors: list[tuple[np.ndarray, float]]) -> Tensor | None:
