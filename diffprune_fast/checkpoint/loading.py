@@ -25,10 +25,10 @@ from .manifest import (
     MANIFEST,
     CheckpointError,
     _sha256,
-    _weights_file,
     pack_runs,
     read_manifest,
     unpack_runs,
+    weights_file,
 )
 from .saving import replace_save_pretrained
 
@@ -76,7 +76,7 @@ def from_pretrained(
     if (directory / "model_index.json").exists():
         raise CheckpointError(f"{directory} is a whole pipeline: load it with pipeline_from_pretrained")
     manifest = read_manifest(directory)
-    state = _read_tensors(directory, _weights_file(manifest["dropped"]), manifest, verify)
+    state = _read_tensors(directory, weights_file(manifest), manifest, verify)
     buffers = _read_tensors(directory, BUFFERS, manifest, verify) if BUFFERS in manifest["sha256"] else {}
     _check_names({**state, **buffers}, manifest)
 

@@ -112,9 +112,15 @@ def versions() -> dict[str, str]:
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-# The weights of a model with blocks dropped in place. Under its own name diffusers would load them, into a model that
-# has the blocks, and leave those blocks' weights at random.
-SHALLOW_WEIGHTS = "diffprune_model.safetensors"
+# The weights of a model that no config describes. Under its own name diffusers would look for them, build the model of
+# the config, and offer to ignore the shapes that differ.
+PRUNED_WEIGHTS = "diffprune_model.safetensors"
+
+
+# What diffusers reads before it looks for weights. Where they have the name above it says that they lie in a file whose
+# name is the advice: that is what its error then tells.
+SIGNPOST = f"{WEIGHTS}.index.json"
+ADVICE = "a pruned model: load this folder with diffprune_fast.from_pretrained"
 
 
 BUFFERS = "diffprune_buffers.safetensors"  # buffers that a state dict leaves out, as the pruned model has them
@@ -123,8 +129,11 @@ BUFFERS = "diffprune_buffers.safetensors"  # buffers that a state dict leaves ou
 CONFIG = "config.json"
 
 
-def _weights_file(dropped: Mapping[str, Any]) -> str:
-    return SHALLOW_WEIGHTS if dropped else WEIGHTS
+def weights_file(manifest: Mapping[str, Any]) -> str:
+    """The file that a manifest's weights are in; older versions wrote most of them under diffusers' own name."""
+    if PRUNED_WEIGHTS in manifest["sha256"] or manifest["dropped"]:
+        return PRUNED_WEIGHTS
+    return WEIGHTS
 
 
 def _sha256(path: Path) -> str:

@@ -1,9 +1,10 @@
 """Saving and loading pruned models: safetensors and JSON, nothing that runs.
 
-A directory holds ``diffusion_pytorch_model.safetensors`` (the weights under diffusers' own name; under another one
-where blocks are missing that a config can't leave out), ``config.json`` (the model's config) and ``diffprune.json``
-(the manifest: shapes, keep-sets, how they came to be). Where a plain config describes the pruned model, ``config.json``
-is that one and the class's own ``from_pretrained`` reads the directory.
+A directory holds the weights, ``config.json`` (the model's config) and ``diffprune.json`` (the manifest: shapes,
+keep-sets, how they came to be). Where a plain config describes the pruned model, ``config.json`` is that one, the
+weights are in ``diffusion_pytorch_model.safetensors`` and the class's own ``from_pretrained`` reads the directory.
+Where none does they are in ``diffprune_model.safetensors``, which other tools don't look for, and a signpost has their
+error name the function that does.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from ..pruned.kept_columns import kept_columns
 from ..pruned.passthrough import dropped_blocks
 from ..pruned.record import changed_since, record_of
 from .manifest import (
+    ADVICE,
     BUFFERS,
     CONFIG,
     FORMAT,
     MANIFEST,
-    SHALLOW_WEIGHTS,
+    PRUNED_WEIGHTS,
+    SIGNPOST,
     WEIGHTS,
     CheckpointError,
     _sha256,
-    _weights_file,
     pack_runs,
     versions,
 )
@@ -65,7 +67,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     save(model, directory)
         ...     sorted(path.name for path in Path(directory).iterdir())
-        ['diffprune.json', 'diffusion_pytorch_model.safetensors']
+        ['diffprune.json', 'diffprune_model.safetensors']
     """
     _write(model, record_of(model).about, Path(directory))
 
@@ -117,7 +119,7 @@ def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None
     directory.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=".diffprune-", dir=directory))
     try:
-        files = [_weights_file(dropped)]
+        files = [PRUNED_WEIGHTS if plain is None else WEIGHTS]
         save_file(weights, written / files[0], metadata={"format": "pt"})
         manifest["sha256"] = {files[0]: _sha256(written / files[0])}
         if buffers:
@@ -128,15 +130,27 @@ def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None
             of_config = build_on_meta(type(model), plain) if plain is not None else model
             of_config.save_config(written)  # type: ignore[operator]
             files.append(CONFIG)
+            if plain is None:
+                _put_signposts(written)
+                files.append(SIGNPOST)
         (written / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         (directory / MANIFEST).unlink(missing_ok=True)
         for name in [*files, MANIFEST]:
             shutil.copymode(written / MANIFEST, written / name)  # safetensors makes files that others can't read
             os.replace(written / name, directory / name)
-        for name in {WEIGHTS, SHALLOW_WEIGHTS, BUFFERS} - {*files}:  # of a former checkpoint
+        for name in {WEIGHTS, PRUNED_WEIGHTS, BUFFERS, SIGNPOST} - {*files}:  # of a former checkpoint
             (directory / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+def _put_signposts(written: Path) -> None:
+    """Have config.json say how the model is loaded, and diffusers' ``from_pretrained`` too, in its error."""
+    path = written / CONFIG
+    config = {**json.loads(path.read_text(encoding="utf-8")), "_diffprune_fast": ADVICE}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    index = {"metadata": {"total_size": 0}, "weight_map": {"": ADVICE}}
+    (written / SIGNPOST).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -338,7 +338,7 @@ def test_diffusers_refuses_an_unevenly_pruned_pipeline(tmp_path: Any) -> None:
     pipe = made("ddpm")
     dpf.score_and_prune(pipe, [images()], ratio=0.3, **QUICK)
     pipe.save_pretrained(tmp_path)
-    with pytest.raises((ValueError, RuntimeError), match=r"expected shape|size mismatch"):
+    with pytest.raises(OSError, match=r"diffprune_fast\.from_pretrained"):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="load it with pipeline_from_pretrained"):
         dpf.from_pretrained(tmp_path)
@@ -348,7 +348,7 @@ def test_diffusers_refuses_a_pipeline_without_some_blocks(tmp_path: Any) -> None
     pipe = made("ddpm")
     dpf.score_and_prune(pipe, [images()], params=0.7, drop_blocks="mid_block.resnets.0", **QUICK)
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model"):
+    with pytest.raises(OSError, match=r"diffprune_fast\.from_pretrained"):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     again = dpf.pipeline_from_pretrained(tmp_path)
     assert again.unet.num_parameters() == pipe.unet.num_parameters()
