@@ -21,6 +21,7 @@ _PUBLIC = {
     "score_and_prune": "method",
     "from_pretrained": "checkpoint",
     "pipeline_from_pretrained": "pipelines",
+    "CheckpointError": "checkpoint",
     "ops": "ops",
 }
 
@@ -41,6 +42,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from .checkpoint.errors import CheckpointError as CheckpointError
     from .checkpoint.loading import from_pretrained as from_pretrained
     from .compensation.compensate import compensate as compensate
     from .depth.drop_blocks import drop_blocks as drop_blocks

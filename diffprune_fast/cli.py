@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,14 +192,14 @@ def _traced(model_dir: Path, component: str | None, units: Units) -> Plan:
 def _place(model_dir: Path, component: str | None) -> tuple[Path | None, str | None]:
     """The pipeline's folder that a model belongs to, and the model's name there; None where there is no pipeline."""
     from .pipelines.components import DENOISERS
-    from .pipelines.loading import read_index
+    from .pipelines.index import read_index
 
     if not (model_dir / INDEX).exists():
         if component is not None:
             raise ValueError(f"--component {component} is for pipelines: there is no {INDEX} in {model_dir}")
         whole = model_dir.resolve()
         return (whole.parent, whole.name) if (whole.parent / INDEX).exists() else (None, None)
-    parts = sorted(name for name, value in read_index(model_dir).items() if isinstance(value, list) and value[0])
+    parts = sorted(name for name, found in read_index(model_dir).components.items() if found is not None)
     name = component or next((n for n in DENOISERS if n in parts), None)
     if name not in parts:
         raise ValueError(f"{model_dir} has no {name or 'denoiser'}: give --component, one of {', '.join(parts)}")
@@ -241,7 +240,7 @@ def _blocks(text: str | None) -> int | list[str] | None:
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     """Errors that the user can mend are one line and exit code 2; anything else is a defect and keeps its traceback."""
-    from .checkpoint.manifest import CheckpointError
+    from .checkpoint.errors import CheckpointError
     from .slicing.verify import SliceError
     from .tracing.errors import TraceError
 
@@ -257,8 +256,10 @@ def _errors_in_one_line() -> Iterator[None]:
 def _load(model_dir: Path, weights: bool = True) -> Any:
     """The model or pipeline in a folder; a model without weights is on ``meta`` where that is possible."""
     from .architectures.configs import build_on_meta
+    from .checkpoint.building import at_most_modules
     from .checkpoint.loading import diffusers_class, from_pretrained
     from .checkpoint.manifest import CONFIG, MANIFEST
+    from .checkpoint.reading import check_folder
 
     if not model_dir.is_dir():
         raise ValueError(f"{model_dir} is not a folder: download the model and give its folder")
@@ -270,9 +271,13 @@ def _load(model_dir: Path, weights: bool = True) -> Any:
         return pipeline_from_pretrained(model_dir)
     config = _read_config(model_dir / CONFIG)
     cls: Any = diffusers_class(config["_class_name"])
-    if not weights:
-        return build_on_meta(cls, config)
-    model, found = cls.from_pretrained(model_dir, output_loading_info=True)
+    check_folder(model_dir)
+    with at_most_modules():
+        if not weights:
+            return build_on_meta(cls, config)
+        model, found = cls.from_pretrained(
+            model_dir, output_loading_info=True, use_safetensors=True, local_files_only=True
+        )
     if found["missing_keys"] or found["mismatched_keys"]:
         wrong = [*found["missing_keys"], *map(str, found["mismatched_keys"])]
         raise ValueError(f"the weights in {model_dir} lack {wrong[0]} ({len(wrong)} in all): they are of another model")
@@ -280,12 +285,13 @@ def _load(model_dir: Path, weights: bool = True) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    from .checkpoint.reading import check_harmless, read_json
+
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, path.parent)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {path.parent} is not a folder of diffusers") from None
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e})") from None
+    check_harmless(config, path)
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise ValueError(f"{path} names no class (_class_name): it is not a config of diffusers")
     return config

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .errors import CheckpointError
 from .loading import from_pretrained
-from .manifest import CheckpointError
 from .saving import save
 
 __all__ = ["CheckpointError", "from_pretrained", "save"]

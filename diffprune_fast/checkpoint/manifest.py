@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 
 from .. import __version__
+from .errors import CheckpointError
+from .reading import read_json
 
 FORMAT = 1
 
@@ -24,10 +25,6 @@ MANIFEST = "diffprune.json"
 MOST_UNITS = 1 << 24
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, incomplete or inconsistent; the message says which file and what to do."""
-
-
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The checked contents of ``diffprune.json``, with ``keep`` as index arrays.
 
@@ -35,13 +32,11 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(directory) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, Path(directory))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing: {Path(directory)} is not a pruned model, or its saving broke off; save it again"
         ) from None
-    except (ValueError, OSError) as e:
-        raise CheckpointError(f"{path} can't be read ({e}): save the model again") from e
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise CheckpointError(
