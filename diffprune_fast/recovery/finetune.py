@@ -16,11 +16,13 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ..choices import RecoveryLoss
 from ..objective.isolation import in_mode
 from ..objective.loss import LossFunction, make_objective
 from ..objective.randomness import own_randomness
 from ..objective.ranks import rank_and_count
-from .distillation import Distillation, StepLoss, find_teacher
+from .distillation import StepLoss, find_teacher
+from .losses import step_loss_of
 from .position import Position
 from .progress import Progress
 from .training import Settings, Step, Training
@@ -52,6 +54,7 @@ def finetune(
     lr: float | None = None,
     teacher: nn.Module | str | os.PathLike[str] | None = None,
     teacher_share: float = 1.0,
+    loss: RecoveryLoss | StepLoss | None = None,
     warmup: int | None = None,
     schedule: str = "cosine",
     clip: float = 1.0,
@@ -92,6 +95,10 @@ def finetune(
             and conditioning. Both run in evaluation mode: no dropout, no dropped labels. The teacher is left as it is,
             on whatever device it is.
         teacher_share: of that distance in the loss; 0.7 adds 0.3 of the objective's own loss.
+        loss: None is ``"distillation"`` with a teacher and ``"noise"`` without. ``"mixed"`` is a teacher_share of 0.7;
+            ``"features"`` adds the distance of the layers' features, for a model that was pruned from the teacher;
+            ``"second-order"`` that of the answers' sensitivities, at twice the forwards. Or a callable
+            ``(model, batch, t, noise) -> scalar``.
         checkpoint: a file for the training's state, written every ``checkpoint_every`` steps. Where it is there
             already, training goes on from it and ends as if it had never been stopped; the loader is walked again up
             to there. Loading it runs no code. Nodes of a cluster have to see the same file.
@@ -128,7 +135,6 @@ def finetune(
     settings = Settings(steps, clip, accumulate, seed)
     parameters = _trainable(model)
     objective = make_objective(model, scheduler, loss_fn)
-    loss: StepLoss = objective.loss
     start = time.perf_counter()
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerating(accelerator, parameters[0].device))
@@ -137,7 +143,7 @@ def finetune(
         autocast = _OF_ACCELERATE.get(accelerator.mixed_precision) if autocast is None else autocast
         if teacher is not None:
             teacher = stack.enter_context(in_mode(find_teacher(teacher, model), training=False))
-            loss = Distillation(teacher, objective, teacher_share, autocast)
+        minimised = step_loss_of(loss, model, teacher, objective, teacher_share, autocast)
         stack.enter_context(in_mode(model, training=teacher is None))
         if gradient_checkpointing:
             stack.enter_context(_checkpointing(model))
@@ -148,8 +154,9 @@ def finetune(
         about = {
             **{"lr": lr, "warmup": warmup, "schedule": schedule, "ema": ema, "autocast": str(autocast)},
             **{"teacher_share": teacher_share if teacher is not None else None, **asdict(settings)},
+            "loss": loss if loss is None or isinstance(loss, str) else type(loss).__name__,
         }
-        step_loss, prepared = accelerator.prepare(Step(model, loss, autocast), optimizer)
+        step_loss, prepared = accelerator.prepare(Step(model, minimised, autocast), optimizer)
         training = Training(
             model=model,
             parameters=parameters,
