@@ -18,6 +18,7 @@ _PUBLIC = {
     "score_blocks": "depth",
     "drop_blocks": "depth",
     "PruneResult": "result",
+    "finetune": "recovery",
     "score_and_prune": "method",
     "from_pretrained": "checkpoint",
     "pipeline_from_pretrained": "pipelines",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .method import score_and_prune as score_and_prune
     from .pipelines.loading import pipeline_from_pretrained as pipeline_from_pretrained
     from .plan.plan import Plan as Plan
+    from .recovery.finetune import finetune as finetune
     from .result import PruneResult as PruneResult
     from .scoring.score import score as score
     from .scoring.scores import Scores as Scores

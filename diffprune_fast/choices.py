@@ -25,6 +25,8 @@ Offsets = Literal["independent", "same"]
 BlockMethod = Literal["first-order", "loss"]
 # Compensation: what the layers are solved for, see `compensate`.
 CompensationMode = Literal["auto", "full", "channels"]
+# Recovery: what a step minimises, see `finetune`.
+RecoveryLoss = Literal["noise", "distillation", "mixed", "features", "second-order"]
 
 
 def check_choice(name: str, value: object, alias: Any) -> None:
