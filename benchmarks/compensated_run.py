@@ -1,7 +1,7 @@
 """One whole ``score_and_prune`` with compensation, in a process of its own: seconds by stage, memory, losses, as JSON.
 
     python benchmarks/compensated_run.py digits                  # examples/digits' model, its images
-    python benchmarks/compensated_run.py cifar --threads 2       # google/ddpm-cifar10-32's size, random weights and images
+    python benchmarks/compensated_run.py cifar --threads 2   # google/ddpm-cifar10-32's size, random weights
 
 A model with random weights has no redundancy, so the losses of ``cifar`` say nothing; its seconds and bytes do.
 """

@@ -260,10 +260,11 @@ def _load(model_dir: Path, weights: bool = True) -> Any:
     from .checkpoint.loading import diffusers_class, from_pretrained
     from .checkpoint.manifest import CONFIG, MANIFEST
     from .checkpoint.reading import check_folder
+    from .checkpoint.replacing import place_of
 
     if not model_dir.is_dir():
         raise ValueError(f"{model_dir} is not a folder: download the model and give its folder")
-    if (model_dir / MANIFEST).exists():
+    if place_of(model_dir, MANIFEST).exists():
         return from_pretrained(model_dir)
     if (model_dir / INDEX).exists():
         from .pipelines.loading import pipeline_from_pretrained

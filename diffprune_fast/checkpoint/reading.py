@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import ADVICE, CheckpointError
 
 # A manifest of a model with 10,000 parameters has 4 MB.
 MOST_BYTES = 64 << 20
@@ -165,5 +165,7 @@ def _check_shards(path: Path, root: Path) -> None:
     if not isinstance(shards, dict):
         raise CheckpointError(f"{path} lists no weights: copy it again")
     for shard in shards.values():
+        if shard == ADVICE:
+            continue
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path} names {shard!r}: weights are safetensors files beside it")

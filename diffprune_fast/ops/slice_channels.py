@@ -63,7 +63,7 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice], *, backe
 def leave_old_graph(tensor: Tensor) -> None:
     """Let the next forward make a new gradient accumulator, of the tensor's present shape.
 
-    A graph that is still held (a loss in scope, DistributedDataParallel) keeps the accumulator with the old shape alive,
+    A graph that is still held (a loss in scope, DistributedDataParallel) keeps the accumulator of the old shape alive,
     and autograd takes the one that there is, whatever became of the sizes. Only data of another type makes PyTorch let
     go of it (``VariableHooks::set_data``, the same from 1.5 to 2.13), so the data goes away and comes back.
     """

@@ -15,6 +15,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.loading import from_pretrained
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.reading import check_folder, check_harmless, read_json
+from ..checkpoint.replacing import place_of
 from ..objective.loss import dtype_of
 from .index import INDEX, is_of_transformers, read_index
 
@@ -79,7 +80,7 @@ def _load(directory: Path, name: str, cls: Any, dtype: torch.dtype, verify: bool
     folder = directory / name
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing: copy the whole pipeline")
-    if (folder / MANIFEST).is_file():
+    if place_of(folder, MANIFEST).is_file():
         model = from_pretrained(folder, verify=verify)
         if not isinstance(model, cls):
             raise CheckpointError(f"{folder} holds a {type(model).__name__}, {INDEX} says {cls.__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import pickle
 
@@ -26,6 +27,7 @@ from diffprune_fast.checkpoint.manifest import (
     WEIGHTS,
     pack_runs,
     read_manifest,
+    signed,
     unpack_runs,
 )
 from diffprune_fast.plan import Complexity
@@ -108,10 +110,19 @@ def run(model):
 
 
 def edit(directory, change):
+    """Change a manifest, and sign it anew."""
     path = directory / MANIFEST
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(signed(manifest)))
+
+
+def edit_config(directory, **changes):
+    """Change a config, and note its checksum anew."""
+    path = directory / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit(directory, lambda m: m["sha256"].update({CONFIG: digest}))
 
 
 def test_round_trip_is_exact_to_the_bit(uneven, saved):
@@ -364,17 +375,13 @@ def test_a_contradictory_manifest_is_refused(saved, change, says):
 
 
 def test_shapes_larger_than_the_class_are_refused(saved):
-    config = json.loads((saved / CONFIG).read_text())
-    config["block_out_channels"] = [8, 32]
-    (saved / CONFIG).write_text(json.dumps(config))
+    edit_config(saved, block_out_channels=[8, 32])
     with pytest.raises(CheckpointError, match="the unpruned model has"):
         from_pretrained(saved)
 
 
 def test_another_structure_is_refused(saved):
-    config = json.loads((saved / CONFIG).read_text())
-    config["layers_per_block"] = 2
-    (saved / CONFIG).write_text(json.dumps(config))
+    edit_config(saved, layers_per_block=2)
     with pytest.raises(CheckpointError, match=r"UNet2DModel also has .* saved with \{.*'diffusers'"):
         from_pretrained(saved)
 
