@@ -83,7 +83,6 @@ def test_a_hundred_runs_give_the_same_bits(device: torch.device, dtype: torch.dt
 @pytest.mark.parametrize("dropped", [0, -1])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_single_dropped_channel_of_a_large_tensor(device: torch.device, dropped: int, dim: int) -> None:
-    # every block writes where the block before it reads: the tightest order there is
     n = 8192 if device.type == "cuda" else 256
     kept = torch.arange(1, n) if dropped == 0 else torch.arange(n - 1)
     for _ in range(5):

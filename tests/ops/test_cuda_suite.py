@@ -90,14 +90,26 @@ def test_triton_variants_are_refused(
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"spills": 4}, "spills"), ({"local": 1}, "spills"), ({"reads_16": 3}, "3 of 4"), ({"writes_16": 0}, "write")],
-    ids=["spill", "local memory", "narrow reads", "narrow writes"],
+    [
+        ({"spills": 4}, "spills"),
+        ({"local": 1}, "spills"),
+        ({"per_unit": {1: 8, 2: 8, 8: 8, 16: 8}}, "no loop of 8 loads for units of 4 bytes"),
+        ({"per_unit": {1: 8, 2: 8, 4: 12.5, 8: 8, 16: 8}}, "12.5 instructions for 4 bytes"),
+    ],
+    ids=["spill", "local memory", "no loop", "slow loop"],
 )
-def test_machine_code_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict[str, int], words: str) -> None:
+def test_machine_code_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str) -> None:
     check = load("check_machine_code", monkeypatch)
-    good = {"spills": 0, "stack": 0, "local": 0, "reads_16": 4, "writes_16": 1}
+    good = {"spills": 0, "stack": 0, "local": 0, "per_unit": dict.fromkeys((1, 2, 4, 8, 16), 8.0)}
     assert check.problem(good) is None
     assert words in check.problem(good | change)
+
+
+def test_instructions_are_counted_in_the_loop_that_moves_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["MOV R1, R2 ", *["LDG.E.U16.CONSTANT R4, desc[UR6][R4.64] "] * 8, *["IADD3 R5, R5, R6, RZ "] * 4]
+    words += [*["STG.E.U16 desc[UR6][R8.64], R4 "] * 8, "@!P0 BRA 0x10 ", "EXIT "]
+    code = [(16 * i, w) for i, w in enumerate(words)]
+    assert load("check_machine_code", monkeypatch).per_unit(code) == {2: 21 / 8}
 
 
 def test_the_report_says_which_aims_were_met(tmp_path: Path) -> None:
