@@ -18,7 +18,7 @@ VariantName = Literal["paper", "ddpm_exp", "ddpm_prune", "ldm_exp"]
 Autocast = Literal["bf16", "bfloat16"]
 # Selection, see `select`.
 RankingName = Literal["local", "global"]
-Allocation = Literal["gauss-newton", "mean"]
+Allocation = Literal["gauss-newton", "measured", "mean"]
 Rounding = Literal["reference"]
 Offsets = Literal["independent", "same"]
 # Depth: how a block's worth is found, see `score_blocks`.

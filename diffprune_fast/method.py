@@ -26,9 +26,10 @@ from .rotation.rotate import rotated
 from .scoring.criteria import CRITERIA
 from .scoring.options import ScoreOptions
 from .scoring.score import score
-from .scoring.scores import rehearsed_scores
+from .scoring.scores import Scores, rehearsed_scores
 from .selection.options import SelectOptions
 from .selection.select import select
+from .sensitivity.measure import measure_sensitivities
 from .slicing.optimizers import check_optimizer
 from .slicing.prune import dry_run, prune
 from .tracing.trace import trace
@@ -121,7 +122,8 @@ def score_and_prune(
         raise ValueError("drop_blocks changes what goes together: leave out plan, it is traced without the blocks")
     progress = scoring.get("progress", True)
     own = None
-    if are_prompts(loader) or (loader is None and _needs_data(scoring, compensate)):
+    tries = selecting.get("allocation") == "measured"
+    if are_prompts(loader) or (loader is None and _needs_data(scoring, tries or compensate not in (False, "auto"))):
         loader = own = own_loader(model, loader, scheduler=scoring.get("scheduler"), seed=seed, progress=progress)
     target = find_target(model, component, loader, options)
     check_optimizer(target.model, optimizer, inplace)
@@ -160,6 +162,9 @@ def score_and_prune(
             scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
             scores = score(dense, loader, plan, seed=seed, **scoring)
             laps.end("score")
+            if tries:
+                scores = _tried(dense, loader, plan, scores, seed, norm_groups, scoring, selecting)
+                laps.end("measure")
 
             selection = select(plan, scores, **budget, norm_groups=norm_groups, **selecting)
             laps.end("select")
@@ -217,9 +222,27 @@ def _slice(
     return record(result, compensation=found, seconds=seconds)
 
 
-def _needs_data(scoring: Mapping[str, Any], compensate: CompensationMode | bool) -> bool:
-    """Whether without a loader the model has to make images itself: a loss of one's own needs one's own batches."""
-    asked = compensate not in (False, "auto")
+def _tried(
+    dense: nn.Module,
+    loader: Iterable[Any] | None,
+    plan: Plan,
+    scores: Scores,
+    seed: int,
+    norm_groups: NormGroups,
+    scoring: Mapping[str, Any],
+    selecting: Mapping[str, Any],
+) -> Scores:
+    """The scores with what every cluster costs when it is pruned alone."""
+    known = _keywords(measure_sensitivities)
+    options = {name: value for name, value in {**scoring, **selecting}.items() if name in known}
+    return measure_sensitivities(dense, loader, plan, scores, seed=seed, norm_groups=norm_groups, **options)
+
+
+def _needs_data(scoring: Mapping[str, Any], asked: bool) -> bool:
+    """Whether without a loader the model has to make images itself: a loss of one's own needs one's own batches.
+
+    asked: for something that needs them, whatever the criterion.
+    """
     rule = CRITERIA.get(scoring.get("criterion", "diff-pruning"))
     return scoring.get("loss_fn") is None and (asked or (rule is not None and rule.needs_data))
 

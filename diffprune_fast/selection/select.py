@@ -12,7 +12,7 @@ from ..choices import Allocation, NormGroups, Offsets, RankingName, Rounding, ch
 from ..plan.lattice import Lattice, Ranking, lattice, rank_units
 from ..plan.plan import Plan
 from . import search
-from .allocation import Curves, Resource, allocate, coherent_curves, discounted
+from .allocation import Curves, Resource, allocate, coherent_curves, discounted, measured_curves
 from .budgets import UNITS, Budget, BudgetError, check_number, check_ratio, match_groups, parse_budget
 from .ranking import check_scores, normalised
 
@@ -71,8 +71,9 @@ def select(
         ranking: ``"local"`` takes the same share of every group, ``"global"`` lets the groups share the
             budget. None is local for a ratio, global for params and macs.
         allocation: how they share it. ``"gauss-newton"``: by the damage to the model's output that ``Scores`` estimate,
-            the least for what it saves. ``"mean"``: by the scores, each divided by its group's mean, which says little
-            about the damage. None is gauss-newton where the scores have their damage.
+            the least for what it saves. ``"measured"``: the same by trials of every cluster, see
+            :func:`~diffprune_fast.sensitivity.measure_sensitivities`. ``"mean"``: by the scores, each divided by its
+            group's mean, which says little about the damage. None is gauss-newton where the scores have their damage.
         round_to: widths become multiples of so many channels where the constraints leave that choice; None or 1: any.
         norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
         offsets: ``"independent"`` keeps equally many units in every norm group or head, ``"same"`` the same offsets.
@@ -106,7 +107,7 @@ def select(
     ranking = ranking or ("local" if budget.kind == "ratio" else "global")
     _check_options(budget, ranking, round_to, norm_groups, rounding, max_ratio)
     values = check_scores(plan, scores if isinstance(scores, np.ndarray) else scores.values)
-    damage, used = _allocation(plan, scores, ranking, allocation)
+    used = _allocation(scores, ranking, allocation)
 
     allowed = lattice(plan, norm_groups, 1 if rounding == "reference" else round_to or 1)
     order = rank_units(allowed, values, offsets)
@@ -121,9 +122,7 @@ def select(
         if (chosen == allowed.levels).all():
             raise BudgetError(f"{budget} removes nothing: {_smallest_step(allowed, free)}")
     else:
-        curves = None
-        if damage is not None:
-            curves = coherent_curves(order, discounted(plan, allowed, damage) if budget.kind == "params" else damage)
+        curves = _curves(plan, allowed, order, scores, used, budget.kind)
         chosen = _by_search(plan, allowed, order, values, budget, ranking, own, max_ratio, curves)
     counts = allowed.counts(chosen)
     notes += _notes(plan, allowed, budget, chosen, free, rounding)
@@ -133,10 +132,11 @@ def select(
     return Selection(keep, asked, met, norm_groups, ranking, tuple(notes), used)
 
 
-def _allocation(
-    plan: Plan, scores: Scores | np.ndarray, ranking: str, asked: Allocation | None
-) -> tuple[np.ndarray | None, str]:
-    """The damage to allocate by, if that is how it is done, and the name of how it is done."""
+def _allocation(scores: Scores | np.ndarray, ranking: str, asked: Allocation | None) -> str:
+    """How the groups share the budget: ``asked``, or the best that the scores allow.
+
+    Raises ValueError where the scores lack what it goes by.
+    """
     if asked is not None:
         check_choice("allocation", asked, Allocation)
     if ranking == "local":
@@ -145,19 +145,35 @@ def _allocation(
                 f"allocation={asked!r} says how groups share a budget, but a local ranking takes the same share of "
                 "every group: ask for macs or params, or for ranking='global'"
             )
-        return None, "uniform"
-    damage = None if isinstance(scores, np.ndarray) else scores.damage
-    if asked == "mean" or (asked is None and damage is None):
-        return None, "mean"
-    if damage is None:
+        return "uniform"
+    damage, tried = (None, None) if isinstance(scores, np.ndarray) else (scores.damage, scores.sensitivities)
+    if asked == "gauss-newton" and damage is None:
         raise ValueError(
             "allocation='gauss-newton' needs scores with their damage: score with a loader and damage=True "
             "(or choose allocation='mean')"
         )
-    damage = check_scores(plan, damage)
+    if asked == "measured" and tried is None:
+        raise ValueError(
+            "allocation='measured' needs scores with their sensitivities: what measure_sensitivities gives, or a "
+            "loader for score_and_prune"
+        )
+    return asked or ("mean" if damage is None else "gauss-newton")
+
+
+def _curves(
+    plan: Plan, of: Lattice, order: Ranking, scores: Scores | np.ndarray, used: str, kind: str
+) -> Curves | None:
+    """What each cluster's output loses, by kept levels; None where the budget isn't shared by that."""
+    if isinstance(scores, np.ndarray) or used not in ("gauss-newton", "measured"):
+        return None
+    if used == "measured":
+        assert scores.sensitivities is not None
+        return measured_curves(of, scores.sensitivities)
+    assert scores.damage is not None
+    damage = check_scores(plan, scores.damage)
     if (damage < 0).any():
         raise ValueError(f"{int((damage < 0).sum())} damages are below zero: they are squared changes of the output")
-    return damage, "gauss-newton"
+    return coherent_curves(order, discounted(plan, of, damage) if kind == "params" else damage)
 
 
 def _on_allocation(
