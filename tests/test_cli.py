@@ -107,7 +107,8 @@ def test_blocks_go_first_where_they_are_named(model_dir, images, tmp_path):
     assert result.exit_code == 0, result.output
     assert "blocks dropped: mid_block.attentions.0, mid_block.resnets.1" in result.stdout
     assert set(read_manifest(tmp_path / "out")["dropped"]) == {"mid_block.attentions.0", "mid_block.resnets.1"}
-    result = run("prune", model_dir, *common, "--drop-blocks", 1)
+    assert "is there already" in one_error(run("prune", model_dir, *common, "--drop-blocks", 1))
+    result = run("prune", model_dir, *common, "--drop-blocks", 1, "--force")
     assert result.exit_code == 0, result.output
     assert len(read_manifest(tmp_path / "out")["dropped"]) == 1
 
@@ -199,7 +200,7 @@ def test_wrong_folders_are_one_line(model_dir, images, tmp_path):
 
 def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr("diffprune_fast.cli._load", loaded.append)
+    monkeypatch.setattr("diffprune_fast.cli.prune.load", loaded.append)
     (tmp_path / "model").mkdir()
     (tmp_path / "file").write_text("")
     common = ("prune", tmp_path / "model", "--criterion", "random")
