@@ -19,6 +19,7 @@ from .objective.batches import replayed
 from .objective.calls import first_call
 from .pipelines.encoding import example_call
 from .pipelines.target import Target, are_prompts, find_target, own_loader
+from .plain.wish import Wish, wish_for
 from .plan.keep_sets import sliced_shapes
 from .plan.plan import Keep, Plan
 from .result import PruneResult, record
@@ -50,6 +51,7 @@ def score_and_prune(
     ratio: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    like: Any = None,
     units: Units = "auto",
     norm_groups: NormGroups = "count",
     inplace: bool = True,
@@ -77,6 +79,9 @@ def score_and_prune(
             None costs nothing where the criterion needs no data ("magnitude", "random").
         component: the name of that component; None is the denoiser.
         ratio, params, macs: the budget, one of them; nothing is ``ratio=0.3``.
+        like: in place of a budget a smaller config of the model's class: some of its keys, a whole one, or the path of
+            one. Every width becomes that config's, and the result is a plain model of the class; see
+            :mod:`~diffprune_fast.plain`.
         units: whether dims or whole heads of attentions go, see :func:`trace`.
         norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
         inplace: False leaves the model alone and prunes a copy.
@@ -147,11 +152,21 @@ def score_and_prune(
         dense, budget, inplace = shallow.model, shallow.budget, inplace or shallow.is_copy
         laps.end("blocks" if drop_blocks is not None else None)
 
-        plan = plan or trace(dense, example_inputs, units=units)
+        wish = wish_for(
+            dense,
+            like=like,
+            budget=budget,
+            norm_groups=norm_groups,
+            steps=_steps(target),
+            optimizer=optimizer,
+            options=selecting,
+        )
+        plan = plan or trace(dense, example_inputs, units=wish.units(units))
         laps.end("trace")
 
-        rehearsal = select(plan, rehearsed_scores(plan), **budget, norm_groups=norm_groups, **selecting)
+        rehearsal = wish.select(plan, rehearsed_scores(plan))
         sliced = dry_run(dense, plan, rehearsal.keep, norm_groups=norm_groups, example_inputs=example_inputs)
+        wish.check(dense, sliced)
         check_optimizer(dense, optimizer, inplace, {name for name, _ in sliced.kept})
         laps.end("rehearse")
 
@@ -166,7 +181,7 @@ def score_and_prune(
                 scores = _tried(dense, loader, plan, scores, seed, norm_groups, scoring, selecting)
                 laps.end("measure")
 
-            selection = select(plan, scores, **budget, norm_groups=norm_groups, **selecting)
+            selection = wish.select(plan, scores)
             laps.end("select")
 
             result = _slice(
@@ -174,6 +189,7 @@ def score_and_prune(
                 plan,
                 selection.keep,
                 None if compensate is False else loader,
+                wish=wish,
                 inplace=inplace,
                 optimizer=optimizer,
                 slicing={"norm_groups": norm_groups, "example_inputs": example_inputs, "backend": backend},
@@ -202,6 +218,7 @@ def _slice(
     keep: Keep,
     loader: Iterable[Any] | None,
     *,
+    wish: Wish,
     inplace: bool,
     optimizer: torch.optim.Optimizer | None,
     slicing: Mapping[str, Any],
@@ -209,17 +226,22 @@ def _slice(
 ) -> PruneResult:
     """Slice and, with a loader, compensate: on a copy, so that the model isn't touched before all is known to work."""
     if loader is None:
-        return prune(dense, plan, keep, inplace=inplace, optimizer=optimizer, **slicing)
-    trial = prune(dense, plan, keep, inplace=False, **slicing)
+        return wish.fulfil(prune(dense, plan, keep, inplace=inplace, optimizer=optimizer, **slicing))
+    trial = wish.fulfil(prune(dense, plan, keep, inplace=False, **slicing))
     kept = sliced_shapes(dense, plan, keep).kept
     found = compensation.compensate(trial.model, dense, loader, kept=kept, **solving)
     seconds = {**trial.seconds, "compensate": found.seconds}
     if not inplace:
         return record(trial, compensation=found, seconds=seconds)
-    result = prune(dense, plan, keep, inplace=True, optimizer=optimizer, **slicing)
+    result = wish.fulfil(prune(dense, plan, keep, inplace=True, optimizer=optimizer, **slicing))
     for mine, solved in zip(result.model.parameters(), trial.model.parameters(), strict=True):
         mine.data.copy_(solved.data)
     return record(result, compensation=found, seconds=seconds)
+
+
+def _steps(target: Target) -> int:
+    """How many timesteps the model was trained with."""
+    return int(getattr(getattr(target.scheduler, "config", None), "num_train_timesteps", None) or 1000)
 
 
 def _tried(
@@ -278,7 +300,7 @@ def _by_stage(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         if name not in of_score | of_select:
             near = difflib.get_close_matches(name, known, 1)
             hint = f": did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"unknown option {name!r}{hint} (budgets are ratio, params and macs)")
+            raise TypeError(f"unknown option {name!r}{hint} (budgets are ratio, params, macs and like)")
     return (
         {n: v for n, v in options.items() if n in of_score},
         {n: v for n, v in options.items() if n in of_select},

@@ -320,7 +320,7 @@ def _fill_tensor_attributes(model: nn.Module, real: nn.Module | None) -> None:
 
 
 def apply_shapes(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, int | tuple[int, ...]]
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, int | float | tuple[int, ...]]
 ) -> None:
     """Give a model on the meta device the shapes and attributes of a pruned one, for loading its weights.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -54,6 +55,10 @@ def prune(
     ratio: Annotated[Optional[float], typer.Option(help="Share of units to remove. Default: 0.3.")] = None,  # noqa: UP045
     params: Annotated[Optional[float], typer.Option(help="Parameters to keep: a share or a number.")] = None,  # noqa: UP045
     macs: Annotated[Optional[float], typer.Option(help="MACs to keep: a share or a number.")] = None,  # noqa: UP045
+    like: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="In place of a budget, a smaller config: '{\"block_out_channels\": [96, 192]}' or a file."),
+    ] = None,
     ranking: Annotated[Optional[RankingName], typer.Option(help="Default: local for a ratio.")] = None,  # noqa: UP045
     allocation: Annotated[
         Optional[Allocation],  # noqa: UP045
@@ -105,6 +110,8 @@ def prune(
         check_out(out, model_dir, force)
         budget = {"ratio": ratio, "params": params, "macs": macs}
         parse_budget(budget)
+        if dry_run and like is not None:
+            raise ValueError("--dry-run: with --like the sizes are those of the config")
         if dry_run:
             how = {"norm_groups": norm_groups, "round_to": round_to, "ignore": ignore or (), "ranking": ranking}
             return say(_rehearsed(_traced(model_dir, component, units), {**budget, **how}, compensate, device))
@@ -117,6 +124,7 @@ def prune(
             ratio=ratio,
             params=params,
             macs=macs,
+            like=_like(like),
             ranking=ranking,
             allocation=allocation,
             estimator=estimator,
@@ -196,6 +204,15 @@ def _way_toload(result: PruneResult, out: Path) -> str:
     if result.pipeline is not None:
         return "diffusers.DiffusionPipeline.from_pretrained" if plain else "diffprune_fast.pipeline_from_pretrained"
     return f"{f'diffusers.{type(result.model).__name__}' if plain else 'diffprune_fast'}.from_pretrained"
+
+
+def _like(text: str | None) -> Any:
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"--like is not JSON ({e})") from None
 
 
 def _blocks(text: str | None) -> int | list[str] | None:

@@ -14,6 +14,7 @@ from ..plan.plan import Plan
 from . import search
 from .allocation import Curves, Resource, allocate, coherent_curves, discounted, measured_curves
 from .budgets import UNITS, Budget, BudgetError, check_number, check_ratio, match_groups, parse_budget
+from .counting import keep_of_counts
 from .ranking import check_scores, normalised
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def select(
     ratio: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    counts: Mapping[str, int] | None = None,
     ranking: RankingName | None = None,
     allocation: Allocation | None = None,
     round_to: int | None = 8,
@@ -68,6 +70,7 @@ def select(
             lowest go first.
         ratio: share of units that goes (0.3 when no budget is given).
         params, macs: what stays, as a share (0.5) or a number (3_400_000_000); met from below. One of the three.
+        counts: in place of a budget, how many units each group keeps, by name; the others stay whole.
         ranking: ``"local"`` takes the same share of every group, ``"global"`` lets the groups share the
             budget. None is local for a ratio, global for params and macs.
         allocation: how they share it. ``"gauss-newton"``: by the damage to the model's output that ``Scores`` estimate,
@@ -103,6 +106,10 @@ def select(
 
     Source: Fang, Ma and Wang, "Structural Pruning for Diffusion Models", NeurIPS 2023 (local ratio).
     """
+    if counts is not None:
+        if any(given is not None for given in (ratio, params, macs, rounding)) or ratios or ignore:
+            raise ValueError("counts say how many units every group keeps: leave out budgets, ratios and ignore")
+        return _by_counts(plan, scores, counts, norm_groups, offsets)
     budget = parse_budget({"ratio": ratio, "params": params, "macs": macs})
     ranking = ranking or ("local" if budget.kind == "ratio" else "global")
     _check_options(budget, ranking, round_to, norm_groups, rounding, max_ratio)
@@ -124,12 +131,21 @@ def select(
     else:
         curves = _curves(plan, allowed, order, scores, used, budget.kind)
         chosen = _by_search(plan, allowed, order, values, budget, ranking, own, max_ratio, curves)
-    counts = allowed.counts(chosen)
+    kept = allowed.counts(chosen)
     notes += _notes(plan, allowed, budget, chosen, free, rounding)
-    notes += _on_allocation(plan, budget, ranking, allocation, used, counts)
+    notes += _on_allocation(plan, budget, ranking, allocation, used, kept)
     keep = plan.keep_of(order.kept(chosen))
-    asked, met = _words(plan, allowed, budget, counts, free)
+    asked, met = _words(plan, allowed, budget, kept, free)
     return Selection(keep, asked, met, norm_groups, ranking, tuple(notes), used)
+
+
+def _by_counts(
+    plan: Plan, scores: Scores | np.ndarray, counts: Mapping[str, int], norm_groups: NormGroups, offsets: Offsets
+) -> Selection:
+    values = check_scores(plan, scores if isinstance(scores, np.ndarray) else scores.values)
+    keep, kept = keep_of_counts(plan, values, counts, norm_groups, offsets)
+    asked, met = "the counts of every group", _cost(plan, kept)
+    return Selection(keep, asked, met, norm_groups, "local", (), "as counted")
 
 
 def _allocation(scores: Scores | np.ndarray, ranking: str, asked: Allocation | None) -> str:
@@ -328,15 +344,19 @@ def _why(plan: Plan, ignore: Sequence[str]) -> str:
 
 
 def _words(plan: Plan, of: Lattice, budget: Budget, counts: np.ndarray, free: np.ndarray) -> tuple[str, str]:
-    left, whole = plan.complexity(counts), plan.complexity()
-    cost = (
-        f"{left.params / 1e6:.2f}M of {whole.params / 1e6:.2f}M parameters ({left.params / max(whole.params, 1):.3f}), "
-        f"{left.macs / 1e9:.4g} of {whole.macs / 1e9:.4g} GMACs ({left.macs / max(whole.macs, 1):.3f})"
-    )
+    cost, whole = _cost(plan, counts), plan.complexity()
     if budget.kind == "ratio":
         return f"{budget} of the units", f"ratio={_removed(of, counts, free):.3f} of the units; {cost}"
     all_of_it = whole.params if budget.kind == "params" else whole.macs
     return f"{budget} ({int(budget.limit(all_of_it)):,} of {all_of_it:,})", cost
+
+
+def _cost(plan: Plan, counts: np.ndarray) -> str:
+    left, whole = plan.complexity(counts), plan.complexity()
+    return (
+        f"{left.params / 1e6:.2f}M of {whole.params / 1e6:.2f}M parameters ({left.params / max(whole.params, 1):.3f}), "
+        f"{left.macs / 1e9:.4g} of {whole.macs / 1e9:.4g} GMACs ({left.macs / max(whole.macs, 1):.3f})"
+    )
 
 
 def _removed(of: Lattice, counts: np.ndarray, free: np.ndarray) -> float:

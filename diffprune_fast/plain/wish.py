@@ -1,0 +1,109 @@
+"""What is asked of a pruned model, a budget or a config, behind one set of functions that the method calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..architectures.configs import shapes_of
+from ..choices import NormGroups, Units
+from ..plan.keep_sets import Sliced
+from ..plan.plan import Complexity, Plan
+from ..result import PruneResult, record
+from ..scoring.scores import Scores
+from ..selection.budgets import BudgetError
+from ..selection.select import Selection, select
+from .conform import check_settings, conform, replaced_places
+from .counts import counts_for
+from .sinusoids import frequencies
+from .target import Target, read_like, target_of
+
+
+class Wish:
+    """A budget: the widths are whatever costs least.
+
+    options: those of :func:`select`, with the budget among them.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def units(self, asked: Units) -> Units:
+        """What can go of attentions, where ``asked`` leaves it open."""
+        return asked
+
+    def select(self, plan: Plan, scores: Scores | np.ndarray) -> Selection:
+        return select(plan, scores, **self.options)
+
+    def check(self, model: nn.Module, sliced: Sliced) -> None:
+        """Whether the sliced model will be what is wished for, before anything changes."""
+
+    def fulfil(self, result: PruneResult) -> PruneResult:
+        """The result with what a wish means beside widths. The model is changed in place."""
+        return result
+
+
+class Like(Wish):
+    """A config: every width is given, the best units of every group stay."""
+
+    def __init__(self, model: nn.Module, like: Any, steps: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.model, self.steps = model, steps
+        updates = read_like(model, like)
+        target_of(model, updates)  # before anything is worked out of it
+        self.target: Target = target_of(model, {**updates, **frequencies(model, updates, steps)})
+
+    def units(self, asked: Units) -> Units:
+        return self.target.units if asked == "auto" else asked
+
+    def select(self, plan: Plan, scores: Scores | np.ndarray) -> Selection:
+        wanted, replaced = shapes_of(self.target.fresh), replaced_places(self.model, self.target)
+        try:
+            found = select(plan, scores, counts=counts_for(plan, wanted, replaced), **self.options)
+        except BudgetError as e:
+            raise BudgetError(f"like={self.target} can't be reached: {e}") from None
+        return replace(found, asked=f"like {self.target}", met=f"every width of that {type(self.model).__name__}")
+
+    def check(self, model: nn.Module, sliced: Sliced) -> None:
+        check_settings(model, sliced, self.target)
+
+    def fulfil(self, result: PruneResult) -> PruneResult:
+        fewer = conform(result.model, self.target, self.steps)
+        after = Complexity(result.after.params - fewer, result.after.macs - fewer)
+        shapes = {name: tuple(t.shape) for name, t in [*result.model.named_parameters(), *result.model.named_buffers()]}
+        return record(result, after=after, shapes={n: shapes[n] for n in result.shapes})
+
+
+def wish_for(
+    model: nn.Module,
+    *,
+    like: Any,
+    budget: Mapping[str, float | None],
+    norm_groups: NormGroups,
+    steps: int,
+    optimizer: torch.optim.Optimizer | None,
+    options: Mapping[str, Any],
+) -> Wish:
+    """What ``score_and_prune`` was asked for.
+
+    Raises ValueError for two wishes at once, or options that say nothing about a config.
+    """
+    if like is None:
+        return Wish(**budget, norm_groups=norm_groups, **options)
+    given = [f"{name}={value}" for name, value in budget.items() if value is not None]
+    said = [name for name, value in options.items() if name not in ("offsets", "round_to", "max_ratio") and value]
+    if given or said:
+        raise ValueError(f"like= gives every width: leave out {', '.join([*given, *said])}")
+    offsets = {name: options[name] for name in ("offsets",) if name in options}
+    wish = Like(model, like, steps, norm_groups=norm_groups, **offsets)
+    if optimizer is not None and replaced_places(model, wish.target):
+        raise ValueError(
+            "like= gives the time embedding other sinusoids, which the optimizer's state can't follow: leave optimizer "
+            "out and make a new one"
+        )
+    return wish
