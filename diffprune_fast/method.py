@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +19,15 @@ from .choices import CompensationMode, NormGroups, Units
 from .depth.shallower import Budget, shallower
 from .objective.batches import replayed
 from .objective.calls import first_call
+from .ops.slice_channels import Step
 from .pipelines.encoding import example_call
 from .pipelines.target import Target, are_prompts, find_target, own_loader
 from .plain.wish import Wish, wish_for
 from .plan.keep_sets import sliced_shapes
 from .plan.plan import Keep, Plan
-from .result import PruneResult, record
-from .rotation.rotate import rotated
+from .pruned.record import record_of
+from .result import PruneResult
+from .rotation.rotate import rotate_heads
 from .scoring.criteria import CRITERIA
 from .scoring.options import ScoreOptions
 from .scoring.score import score
@@ -31,8 +35,9 @@ from .scoring.scores import Scores, rehearsed_scores
 from .selection.options import SelectOptions
 from .selection.select import select
 from .sensitivity.measure import measure_sensitivities
+from .slicing.commit import Change, undo
 from .slicing.optimizers import check_optimizer
-from .slicing.prune import dry_run, prune
+from .slicing.prune import dry_run, prepared, prune
 from .tracing.trace import trace
 
 if TYPE_CHECKING:
@@ -139,16 +144,19 @@ def score_and_prune(
 
     backend = scoring.get("backend", "auto")
     laps = _Laps()
-    with shallower(
-        target.model,
-        drop_blocks,
-        loader,
-        budget,
-        inplace=inplace,
-        optimizer=optimizer,
-        example_inputs=example_inputs,
-        options={**scoring, "seed": seed},
-    ) as shallow:
+    back: list[Step] = []  # what gives the model back as it was, until the commit begins
+    try:
+        shallow = shallower(
+            target.model,
+            drop_blocks,
+            loader,
+            budget,
+            back,
+            inplace=inplace,
+            optimizer=optimizer,
+            example_inputs=example_inputs,
+            options={**scoring, "seed": seed},
+        )
         dense, budget, inplace = shallow.model, shallow.budget, inplace or shallow.is_copy
         laps.end("blocks" if drop_blocks is not None else None)
 
@@ -170,49 +178,56 @@ def score_and_prune(
         check_optimizer(dense, optimizer, inplace, {name for name, _ in sliced.kept})
         laps.end("rehearse")
 
-        seen = loader if rotate and optimizer is None else None
-        with rotated(dense, plan, seen, stays=inplace, **training) as rotation:
-            laps.end("rotate" if seen is not None else None)
+        rotation = None
+        if rotate and optimizer is None and loader is not None:
+            back.insert(0, (rotation := rotate_heads(dense, plan, loader, **training)).undo)
+            laps.end("rotate")
 
-            scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
-            scores = score(dense, loader, plan, seed=seed, **scoring)
-            laps.end("score")
-            if tries:
-                scores = _tried(dense, loader, plan, scores, seed, norm_groups, scoring, selecting)
-                laps.end("measure")
+        scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
+        scores = score(dense, loader, plan, seed=seed, **scoring)
+        laps.end("score")
+        if tries:
+            scores = _tried(dense, loader, plan, scores, seed, norm_groups, scoring, selecting)
+            laps.end("measure")
 
-            selection = wish.select(plan, scores)
-            laps.end("select")
+        selection = wish.select(plan, scores)
+        laps.end("select")
 
-            result = _slice(
-                dense,
-                plan,
-                selection.keep,
-                None if compensate is False else loader,
-                wish=wish,
-                inplace=inplace,
-                optimizer=optimizer,
-                slicing={"norm_groups": norm_groups, "example_inputs": example_inputs, "backend": backend},
-                solving={
-                    "mode": "auto" if compensate is True else compensate,
-                    "autocast": scoring.get("autocast"),
-                    "progress": progress,
-                    **training,
-                },
-            )
-    result = record(
-        result,
-        own_samples=0 if own is None else own.n,
-        scores=scores,
-        selection=selection,
-        rotation=rotation,
-        seed=seed,
-        seconds={**laps.seconds, **result.seconds},
-    )
-    return target.put_back(shallow.tell(result))
+        change = _change(
+            dense,
+            plan,
+            selection.keep,
+            None if compensate is False else loader,
+            wish=wish,
+            inplace=inplace,
+            optimizer=optimizer,
+            slicing={"norm_groups": norm_groups, "example_inputs": example_inputs, "backend": backend},
+            solving={
+                "mode": "auto" if compensate is True else compensate,
+                "autocast": scoring.get("autocast"),
+                "progress": progress,
+                **training,
+            },
+        )
+        turned = [] if rotation is None else [rotation.forget if inplace else rotation.undo]
+        change = change.and_then(
+            [*turned, *shallow.finish],
+            own_samples=0 if own is None else own.n,
+            scores=scores,
+            selection=selection,
+            rotation=rotation,
+            seed=seed,
+            seconds={**laps.seconds, **change.result.seconds},
+            **shallow.told(),
+            **target.place_of(change.result.model),
+        )
+        return change.made([back.clear])
+    except BaseException:
+        undo(back)
+        raise
 
 
-def _slice(
+def _change(
     dense: nn.Module,
     plan: Plan,
     keep: Keep,
@@ -223,20 +238,27 @@ def _slice(
     optimizer: torch.optim.Optimizer | None,
     slicing: Mapping[str, Any],
     solving: Mapping[str, Any],
-) -> PruneResult:
-    """Slice and, with a loader, compensate: on a copy, so that the model isn't touched before all is known to work."""
-    if loader is None:
-        return wish.fulfil(prune(dense, plan, keep, inplace=inplace, optimizer=optimizer, **slicing))
+) -> Change:
+    """What slices and, with a loader, compensates: solved on a copy, whose weights the model then takes over."""
+    norm_groups, backend = slicing["norm_groups"], slicing["backend"]
+    if loader is None and wish.is_of_widths:
+        began = time.perf_counter()
+        sliced = dry_run(dense, plan, keep, norm_groups=norm_groups, example_inputs=slicing["example_inputs"])
+        seconds = {"verify": time.perf_counter() - began}
+        model = dense if inplace else copy.deepcopy(dense)
+        return prepared(model, plan, sliced, norm_groups, optimizer, backend, seconds=seconds)
     trial = wish.fulfil(prune(dense, plan, keep, inplace=False, **slicing))
-    kept = sliced_shapes(dense, plan, keep).kept
-    found = compensation.compensate(trial.model, dense, loader, kept=kept, **solving)
-    seconds = {**trial.seconds, "compensate": found.seconds}
+    sliced = sliced_shapes(dense, plan, keep)
+    found, seconds = None, trial.seconds
+    if loader is not None:
+        found = compensation.compensate(trial.model, dense, loader, kept=sliced.kept, **solving)
+        seconds = {**seconds, "compensate": found.seconds}
     if not inplace:
-        return record(trial, compensation=found, seconds=seconds)
-    result = wish.fulfil(prune(dense, plan, keep, inplace=True, optimizer=optimizer, **slicing))
-    for mine, solved in zip(result.model.parameters(), trial.model.parameters(), strict=True):
-        mine.data.copy_(solved.data)
-    return record(result, compensation=found, seconds=seconds)
+        return Change(replace(trial, compensation=found, seconds=seconds), (), record_of(trial.model))
+    solved = {name: p.data for name, p in trial.model.named_parameters()}
+    change = prepared(dense, plan, sliced, norm_groups, optimizer, backend, solved=solved, seconds=seconds)
+    further = wish.finishing(dense, trial.model, sliced)
+    return change.and_then(further, compensation=found, after=trial.after, shapes=trial.shapes)
 
 
 def _steps(target: Target) -> int:

@@ -115,11 +115,11 @@ class PruneResult:
 def record(result: PruneResult, **more: Any) -> PruneResult:
     """The result with ``more`` in its fields; its module's record, and so what is saved of it, says the same."""
     result = replace(result, **more)
-    attach_record(result.model, replace(record_of(result.model), about=_provenance(result)))
+    attach_record(result.model, replace(record_of(result.model), about=noted(result)))
     return result
 
 
-def _provenance(result: PruneResult) -> dict[str, Any]:
+def noted(result: PruneResult) -> dict[str, Any]:
     """How a pruned model came to be, as plain JSON values: keep-sets, budget, scores, what it cost and costs."""
     about: dict[str, Any] = {
         "plan": result.plan.hash,
@@ -130,7 +130,7 @@ def _provenance(result: PruneResult) -> dict[str, Any]:
         "own_samples": result.own_samples,
         "before": {"params": result.before.params, "macs": result.before.macs},
         "after": {"params": result.after.params, "macs": result.after.macs},
-        "seconds": dict(result.seconds),
+        "seconds": result.seconds,
         "blocks_dropped": list(result.dropped),
     }
     if result.selection is not None:

@@ -5,10 +5,15 @@
 // that is still to be read: that holds for elements, for vectors of them (loaded before they are stored) and for runs
 // (memmove). The pages behind the kept elements are given back. Threads share the tensors, the largest first. Into
 // other memory, tensors are cut up among the threads.
+//
+// All that can fail (tables that don't fit, memory for the jobs) comes before the first byte moves: a call that raises
+// has changed nothing.
 #include "slice_channels.h"
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/features.h"
@@ -58,12 +63,13 @@ struct RowPick {
     n = b * post / width;
     n_kept = n_keep * post / width;
     const int64_t per = post / width;
+    const bool far = n > std::numeric_limits<int32_t>::max();  // beyond what index can name: by runs, however short
     if (wide && width <= 4 && (width == 4 || has_vbmi2())) {
       way = Way::compress;
       masks.assign((n + 63) / 64, 0);
       for (int64_t i = 0; i < n_keep; ++i)
         for (int64_t e = keep[i] * per; e < (keep[i] + 1) * per; ++e) masks[e / 64] |= uint64_t{1} << (e % 64);
-    } else {
+    } else if (!far) {
       way = Way::gather;
       index.reserve(n_kept);
       for (int64_t i = 0; i < n_keep; ++i)
@@ -80,7 +86,7 @@ struct RowPick {
     }
   }
 
-  void copy(const char* source, char* target) const {
+  void copy(const char* source, char* target) const noexcept {
     if (way == Way::runs) {
       for (const Run& run : runs) {
         std::memmove(target, source + run.from, run.length);
@@ -213,7 +219,7 @@ struct Job {  // one tensor
     return e;
   }
 
-  void run(int64_t portion) const {
+  void run(int64_t portion) const noexcept {
     const SliceEntry& e = entry;
     const int64_t begin = portion * rows_per_portion, end = std::min(rows, begin + rows_per_portion);
     for (int64_t row = begin; row < end; ++row) {
@@ -229,6 +235,21 @@ struct Job {  // one tensor
     }
   }
 };
+
+void check(const int64_t* keep, int64_t n_keep, int64_t n) {
+  if (n_keep < 1 || n_keep > n || (!keep && n_keep != n)) throw std::invalid_argument("a sliced dim keeps 1 to all");
+  for (int64_t i = 0; keep && i < n_keep; ++i)
+    if (keep[i] < (i ? keep[i - 1] + 1 : 0) || keep[i] >= n)
+      throw std::invalid_argument("kept indices must be sorted, unique and below the dim's size");
+}
+
+// The tables were checked in Python; whoever changed one since then gets an exception, not another tensor's memory.
+void check(const SliceEntry& e) {
+  if (!e.source || !e.target || e.element_size < 1 || e.pre < 1 || e.mid < 1 || e.post < 1)
+    throw std::invalid_argument("a tensor without elements can't be sliced");
+  check(e.keep_a, e.n_keep_a, e.a);
+  check(e.keep_b, e.n_keep_b, e.b);
+}
 
 // Fresh memory costs a page fault per page; in huge pages that is 512 times fewer.
 void advise_huge(void* begin, int64_t bytes) {
@@ -253,6 +274,7 @@ bool can_slice_in_place() {
 }
 
 void slice_channels_cpu(const SliceEntry* entries, int64_t n_entries, int threads) {
+  for (int64_t i = 0; i < n_entries; ++i) check(entries[i]);
   std::vector<Job> jobs;
   jobs.reserve(n_entries);
   for (int64_t i = 0; i < n_entries; ++i) jobs.emplace_back(entries[i]);

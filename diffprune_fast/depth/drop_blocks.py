@@ -7,9 +7,9 @@ import difflib
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import translate
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from torch import nn
 from ..architectures.configs import build_on_meta, own_config, shapes_of
 from ..architectures.inputs import calls_of
 from ..checkpoint.saving import replace_save_pretrained
+from ..ops.slice_channels import Step
 from ..plan.blocks import Block
 from ..pruned.passthrough import Passthrough
-from ..pruned.record import attach_record, before_pruning
-from ..result import PruneResult, record
-from ..slicing.optimizers import check_optimizer
+from ..pruned.record import before_pruning
+from ..result import PruneResult
+from ..slicing.commit import Change, undo
+from ..slicing.optimizers import check_optimizer, forgetting
 from ..tracing.errors import TraceError
 from ..tracing.trace import trace
 from .find_blocks import complexity_of, costs_of_forward, find_blocks, put_passthroughs
@@ -78,13 +80,18 @@ def drop_blocks(
     chosen = named(blocks, [names] if isinstance(names, str) else names)
     before = complexity_of(model, calls_of(model, example_inputs))
     old = list(model.parameters())
-    with without(model, chosen, example_inputs):
+    taken = put_back_steps(model)
+    try:
+        take_out(model, chosen, example_inputs)
         plan = trace(model, example_inputs)
-    if optimizer is not None:
-        forget(optimizer, old, model)
-    attach_record(model, before_pruning(model, plan))
-    replace_save_pretrained(model)
-    return record(PruneResult(model, plan, {}, before, plan.complexity(), dropped=tuple(b.name for b in chosen)))
+        names = tuple(b.name for b in chosen)
+        result = PruneResult(model, plan, {}, before, plan.complexity(), dropped=names)
+        steps = [] if optimizer is None else forgetting(optimizer, old, model)
+        change = Change(result, [*steps, partial(replace_save_pretrained, model)], before_pruning(model, plan))
+        return change.made([taken.clear])
+    except BaseException:
+        undo(taken)
+        raise
 
 
 def named(blocks: Sequence[Block], patterns: Iterable[str]) -> list[Block]:
@@ -102,40 +109,29 @@ def named(blocks: Sequence[Block], patterns: Iterable[str]) -> list[Block]:
     return [b for b in chosen if not any(other.holds(b) for other in chosen)]
 
 
-@contextmanager
-def without(
+def put_back_steps(model: nn.Module) -> list[Step]:
+    """The calls that give a model the modules and the config which it has now."""
+    steps: list[Step] = []
+    for module in model.modules():
+        steps += [module._modules.clear, partial(module._modules.update, dict(module._modules))]
+    if "_internal_dict" in vars(model):
+        steps.append(partial(vars(model).__setitem__, "_internal_dict", vars(model)["_internal_dict"]))
+    return steps
+
+
+def take_out(
     model: nn.Module, blocks: Sequence[Block], example_inputs: tuple[Any, ...] | dict[str, Any] | None
-) -> Iterator[None]:
-    """Drop blocks for good; if anything is raised inside, every list, block and config is as it was."""
+) -> None:
+    """Drop blocks. If this raises they are partly gone: carry out the :func:`put_back_steps` of before."""
     calls = calls_of(model, example_inputs)
-    modules = [(m, dict(m._modules)) for m in model.modules()]
-    config = vars(model).get("_internal_dict")
+    put_passthroughs(model, {b.name: b.returns for b in blocks})
     try:
-        put_passthroughs(model, {b.name: b.returns for b in blocks})
-        try:
-            costs_of_forward(model, calls)
-        except TraceError as error:
-            raise DepthError(
-                f"{type(model).__name__} doesn't run without {', '.join(b.name for b in blocks)}: {error}"
-            ) from error
-        _close_up(model, calls)
-        yield
-    except BaseException:
-        for module, children in modules:
-            module._modules.clear()
-            module._modules.update(children)
-        if config is not None:
-            vars(model)["_internal_dict"] = config
-        raise
-
-
-def forget(optimizer: torch.optim.Optimizer, old: Sequence[nn.Parameter], model: nn.Module) -> None:
-    """Take the parameters that a model no longer has out of its optimiser."""
-    gone = {id(p) for p in old} - {id(p) for p in model.parameters()}
-    for group in optimizer.param_groups:
-        for p in [p for p in group["params"] if id(p) in gone]:
-            optimizer.state.pop(p, None)
-        group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+        costs_of_forward(model, calls)
+    except TraceError as error:
+        raise DepthError(
+            f"{type(model).__name__} doesn't run without {', '.join(b.name for b in blocks)}: {error}"
+        ) from error
+    _close_up(model, calls)
 
 
 def _close_up(model: nn.Module, calls: Any) -> None:

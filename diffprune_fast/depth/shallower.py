@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +12,13 @@ import torch
 from torch import nn
 
 from ..architectures.inputs import calls_of
+from ..ops.slice_channels import Step
 from ..plan.blocks import Block
 from ..plan.plan import Complexity
-from ..result import PruneResult, record
 from ..scoring.scores import BlockScores
 from ..selection.budgets import parse_budget
-from .drop_blocks import forget, named, without
+from ..slicing.optimizers import forgetting
+from .drop_blocks import named, put_back_steps, take_out
 from .find_blocks import complexity_of, find_blocks
 from .score_blocks import score_blocks
 
@@ -30,8 +30,9 @@ class Shallower:
     """A model without some of its residual blocks.
 
     model: the one to go on with; is_copy: it isn't the one that was given. budget: what is left of the budget that was
-    asked of the whole model. before: what that cost. dropped: names. scores: what each block would have cost. All but
-    the first three are None or empty where no block was dropped.
+    asked of the whole model. before: what that cost. dropped: names. scores: what each block would have cost. finish:
+    the calls after which the blocks are gone for good. All but the first three are None or empty where no block was
+    dropped.
     """
 
     model: nn.Module
@@ -41,45 +42,45 @@ class Shallower:
     dropped: tuple[str, ...] = ()
     scores: BlockScores | None = None
 
-    def tell(self, result: PruneResult) -> PruneResult:
-        """The result, which also says which blocks went."""
-        if self.before is None:
-            return result
-        return record(result, before=self.before, dropped=self.dropped, blocks=self.scores)
+    finish: tuple[Step, ...] = ()
+
+    def told(self) -> dict[str, Any]:
+        """The fields of a result that say which blocks went."""
+        return {} if self.before is None else {"before": self.before, "dropped": self.dropped, "blocks": self.scores}
 
 
-@contextmanager
 def shallower(
     model: nn.Module,
     blocks: int | str | Sequence[str] | None,
     loader: Iterable[Any] | None,
     budget: Budget,
+    back: list[Step],
     *,
     inplace: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Iterator[Shallower]:
-    """Drop ``blocks`` (so many of the cheapest, or names; None: none); if anything is raised inside, they are back.
+) -> Shallower:
+    """Drop ``blocks`` (so many of the cheapest, or names; None: none).
 
-    loader and options (``seed``, ``scheduler``, …) are for scoring the blocks, where a number is asked for. optimizer:
-    the dropped parameters are taken out of it at the end.
+    back: gets the calls that put them back, before the first one goes. loader and options (``seed``, ``scheduler``, …)
+    are for scoring the blocks, where a number is asked for. optimizer: the dropped parameters are to be taken out of it
+    at the end.
 
     Raises DepthError for names that are no blocks, ValueError for a number that can't be had.
     """
     if blocks is None:
-        yield Shallower(model, budget)
-        return
+        return Shallower(model, budget)
     parse_budget(budget)
     whole = model if inplace else copy.deepcopy(model)
     chosen, scores = _choose(whole, loader, blocks, example_inputs, options or {})
     before = complexity_of(whole, calls_of(whole, example_inputs))
     old = list(whole.parameters())
-    with without(whole, chosen, example_inputs):
-        names = tuple(block.name for block in chosen)
-        yield Shallower(whole, _of_whole(budget, before), not inplace, before, names, scores)
-    if optimizer is not None:
-        forget(optimizer, old, whole)
+    back[:0] = put_back_steps(whole)
+    take_out(whole, chosen, example_inputs)
+    names = tuple(block.name for block in chosen)
+    finish = () if optimizer is None else tuple(forgetting(optimizer, old, whole))
+    return Shallower(whole, _of_whole(budget, before), not inplace, before, names, scores, finish)
 
 
 def _choose(

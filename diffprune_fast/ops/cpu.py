@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .channel_scores import CRITERIA, DTYPES, ScoreTable
-from .slice_channels import Slice, sliced_shape
+from .slice_channels import Slice, Step, set_data, sliced_shape
 
 ABI = 4
 
@@ -152,97 +153,87 @@ def _rows(rows: Sequence[Mapping[str, float]], dtype: np.dtype) -> np.ndarray:
 
 @torch.no_grad()
 def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
-    """As :func:`diffprune_fast.ops.slice_channels_`, without its checks.
+    """As :func:`diffprune_fast.ops.slice_channels_`, without its checks."""
+    for step in slice_steps(tensors, slices):
+        step()
 
-    Large tensors that own their memory are compacted within it, and the pages behind what stays go back to the
-    system. The others get new memory; small ones share a call, with never more new memory at once than the largest
-    tensor's.
+
+@torch.no_grad()
+def slice_steps(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> list[Step]:
+    """As :func:`diffprune_fast.ops.slice_channels.slice_steps`.
+
+    Tensors that own their memory are compacted within it, and what lies behind them goes back to the system; the
+    others get new memory. The first step moves all channels, in one call of C++ that fails before it begins or not at
+    all; the next ones give the tensors their new data; the last ones let go of memory, and do no harm where they fail.
     """
     alive: list[Tensor] = []
     rows: list[dict[str, int]] = []
-    within: list[int] = []
-    others: list[int] = []
-    for i, (tensor, piece) in enumerate(zip(tensors, slices)):
-        row = _slice_row(tensor, piece, tensor.data_ptr(), alive) if _owns_pages(tensor) else None
+    data: list[Step] = []
+    rest: list[Step] = []
+    gradients = {id(t.grad) for t in tensors if t.is_leaf and t.grad is not None}
+    for tensor, piece in zip(tensors, slices):
+        shape = sliced_shape(tensor, piece)
+        if piece.scale is None and shape == tuple(tensor.shape):
+            continue
+        row = _slice_row(tensor, piece, alive)
         if row is None:
-            others.append(i)
+            data += set_data(tensor, reference.slice_channels(tensor.detach(), piece))
+            continue
+        if _owns_memory(tensor, 2 if id(tensor) in gradients else 1):
+            new, later = _front(tensor, shape)
+            rest += later
         else:
-            within.append(i)
-            rows.append(row)
-    if rows:
-        _cpu.slice_channels(_rows(rows, _cpu.SLICE_ENTRY), torch.get_num_threads())
-    for i in within:
-        _shrink(tensors[i], sliced_shape(tensors[i], slices[i]))
-    _slice_into_new_memory([tensors[i] for i in others], [slices[i] for i in others])
+            new = reference.empty_like(tensor, shape)
+        row["target"] = new.data_ptr()
+        rows.append(row)
+        data += set_data(tensor, new)
+    if not rows:
+        return data
+    table = _rows(rows, _cpu.SLICE_ENTRY)
+    move = partial(_cpu.slice_channels, table, torch.get_num_threads())
+    move.alive = alive  # type: ignore[attr-defined]  # the table has their addresses
+    return [move, *data, *rest]
 
 
-# Below, pages and their bookkeeping cost more than new memory from the heap.
+# From here on, pages are given back; below, their bookkeeping costs more than a copy of what stays.
 _LARGE = 1 << 20
 
 
-def _owns_pages(tensor: Tensor) -> bool:
-    """Whether the tensor's memory may be overwritten and its end given back: large, PyTorch's own, used by nobody else.
+def _owns_memory(tensor: Tensor, references: int) -> bool:
+    """Whether the tensor's memory may be overwritten: PyTorch's own, and seen by nobody else.
 
-    Memory that isn't resizable belongs to a file, a NumPy array or another storage.
+    Memory that isn't resizable belongs to a file, a NumPy array or another storage. references: those to the tensor in
+    C++ that are accounted for; a DLPack capsule is another one. (A graph refers to tensors that require a gradient, but
+    those DLPack refuses.)
     """
-    if tensor.numel() * tensor.element_size() < _LARGE or not _cpu.can_slice_in_place():
-        return False
     storage = tensor.untyped_storage()
     users = getattr(torch._C, "_storage_Use_Count", None)
     if users is None or not storage.resizable() or storage.is_shared():
         return False
     if torch.cuda.is_available() and tensor.is_pinned():
         return False
-    return users(storage._cdata) <= 2  # the tensor, and ``storage`` here
+    if users(storage._cdata) > 2:  # the tensor, and ``storage`` here
+        return False
+    return tensor.requires_grad or tensor._use_count() <= references  # type: ignore[attr-defined]
 
 
-def _shrink(tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """The tensor's first elements in memory become the whole tensor; the kernel gave the pages behind them back."""
-    storage = tensor.untyped_storage()
-    order = reference.memory_order(tensor)
-    strides = [0] * len(shape)
-    step = 1
-    for dim in reversed(order):
+def _front(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, list[Step]]:
+    """The first elements of the tensor's memory as a tensor of its own, and the calls that let the others go."""
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(reference.memory_order(tensor)):
         strides[dim] = step
         step *= shape[dim]
-    size = step * tensor.element_size()
-    tensor.data = torch.empty(0, dtype=tensor.dtype).set_(storage[:size], 0, shape, strides)
+    size, storage = step * tensor.element_size(), tensor.untyped_storage()
+    pages = storage.nbytes() >= _LARGE and _cpu.can_slice_in_place()  # the kernel gives them back
+    front = storage[:size] if pages and size < storage.nbytes() else storage
+    new = torch.empty(0, dtype=tensor.dtype).set_(front, 0, shape, strides)
+    return new, [] if pages else [partial(storage.resize_, size)]
 
 
-def _slice_into_new_memory(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
-    budget = max((t.numel() * t.element_size() for t in tensors), default=0)
-    for batch in _batches(tensors, slices, budget):
-        outs = [reference.empty_like(tensors[i], sliced_shape(tensors[i], slices[i])) for i in batch]
-        rows: list[dict[str, int]] = []
-        alive: list[Tensor] = []
-        for i, out in zip(batch, outs):
-            row = _slice_row(tensors[i], slices[i], out.data_ptr(), alive)
-            if row is None:
-                out.copy_(reference.slice_channels(tensors[i].detach(), slices[i]))
-            else:
-                rows.append(row)
-        if rows:
-            _cpu.slice_channels(_rows(rows, _cpu.SLICE_ENTRY), torch.get_num_threads())
-        for i in batch:
-            tensors[i].data = outs.pop(0)
-
-
-def _batches(tensors: Sequence[Tensor], slices: Sequence[Slice], budget: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    used = 0
-    for i, (tensor, piece) in enumerate(zip(tensors, slices)):
-        size = math.prod(sliced_shape(tensor, piece)) * tensor.element_size()
-        if batch and used + size > budget:
-            yield batch
-            batch, used = [], 0
-        batch.append(i)
-        used += size
-    if batch:
-        yield batch
-
-
-def _slice_row(tensor: Tensor, piece: Slice, target: int, alive: list[Tensor]) -> dict[str, int] | None:
-    """A ``SliceEntry`` of csrc/slice_channels.h; None where the reference has to serve."""
+def _slice_row(tensor: Tensor, piece: Slice, alive: list[Tensor]) -> dict[str, int] | None:
+    """A ``SliceEntry`` of csrc/slice_channels.h without its target; None where the reference has to serve."""
+    if tensor.numel() == 0:
+        return None
     order = reference.memory_order(tensor)
     shape = tensor.shape
     sizes = [shape[d] for d in order]
@@ -272,7 +263,7 @@ def _slice_row(tensor: Tensor, piece: Slice, target: int, alive: list[Tensor]) -
         addresses.append(alive[-1].data_ptr() if keep is not None else 0)
     return {
         "source": tensor.data_ptr(),
-        "target": target,
+        "target": 0,
         "element_size": tensor.element_size(),
         "pre": math.prod(sizes[:a]),
         "a": sizes[a],

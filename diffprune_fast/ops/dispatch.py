@@ -3,7 +3,8 @@
 A backend is a module with an ``availability() -> str`` (``"ok"`` or the reason why it can't serve on this machine) and
 the operation's function, called after all checks:
 ``channel_scores_(scores, thetas, grads, table, *, criterion, timestep_weights, zero_grad)`` or
-``slice_channels_(tensors, slices)``.
+``slice_channels_(tensors, slices)``. A backend that can tell beforehand what it will need also has
+``slice_steps(tensors, slices)``, which takes all memory and returns the calls that move the channels.
 """
 
 from __future__ import annotations
@@ -71,7 +72,12 @@ def availability(op: str, name: str) -> str:
 
 
 def choose(op: str, device: torch.device, asked: str = "auto") -> Callable[..., Any]:
-    """The function that serves ``op`` on ``device``.
+    """The function that serves ``op`` on ``device``; ``asked`` and errors as for :func:`choose_module`."""
+    return getattr(choose_module(op, device, asked), f"{op}_")
+
+
+def choose_module(op: str, device: torch.device, asked: str = "auto") -> ModuleType:
+    """The backend that serves ``op`` on ``device``.
 
     asked: ``"auto"`` or a backend's name. For ``"auto"`` the environment variable DIFFPRUNE_BACKEND may name one or
     several backends (comma-separated, the first that has this operation counts). Raises BackendError if a backend
@@ -92,12 +98,12 @@ def choose(op: str, device: torch.device, asked: str = "auto") -> Callable[..., 
             continue
         module, reason = _load(backend)
         if module is not None and reason == "ok":
-            return getattr(module, f"{op}_")
+            return module
         _say_once(op, name, reason)
     raise BackendError(f"no backend can serve {op} on {device}")
 
 
-def _named(op: str, device: torch.device, name: str) -> Callable[..., Any]:
+def _named(op: str, device: torch.device, name: str) -> ModuleType:
     table = BACKENDS[op]
     if name not in table:
         raise BackendError(f"{op} has no backend {name!r}: use one of auto, {', '.join(table)}")
@@ -110,7 +116,7 @@ def _named(op: str, device: torch.device, name: str) -> Callable[..., Any]:
     module, reason = _load(backend)
     if module is None or reason != "ok":
         raise BackendError(f"backend {name!r} can't serve {op}: {reason}")
-    return getattr(module, f"{op}_")
+    return module
 
 
 def _load(backend: Backend) -> tuple[ModuleType | None, str]:

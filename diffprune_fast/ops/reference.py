@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .slice_channels import Slice, Step, set_data
+
 if TYPE_CHECKING:
     from .channel_scores import ScoreTable
-    from .slice_channels import Slice
 
 
 @torch.no_grad()
@@ -66,8 +67,15 @@ def _add_at_(scores: Tensor, units: Tensor, sums: Tensor) -> None:
 @torch.no_grad()
 def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
     """As :func:`diffprune_fast.ops.slice_channels_`, without its checks."""
-    for tensor, piece in zip(tensors, slices):
-        tensor.data = slice_channels(tensor.detach(), piece)
+    for step in slice_steps(tensors, slices):
+        step()
+
+
+@torch.no_grad()
+def slice_steps(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> list[Step]:
+    """As :func:`diffprune_fast.ops.slice_channels.slice_steps`: every slice is made before the first tensor changes."""
+    pieces = [slice_channels(tensor.detach(), piece) for tensor, piece in zip(tensors, slices)]
+    return [step for tensor, piece in zip(tensors, pieces) for step in set_data(tensor, piece)]
 
 
 @torch.no_grad()

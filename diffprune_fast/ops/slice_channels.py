@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from . import dispatch
+
+Step = Callable[[], object]
+"""A call without arguments, prepared so that nothing which could be known beforehand makes it fail."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,10 @@ class Slice:
 def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice], *, backend: str = "auto") -> None:
     """Make every tensor its kept slice: the same Tensor object with a new shape and smaller storage.
 
-    At most the largest tensor's bytes are needed on top of what is there, because every tensor's old memory is given
-    back before the next one's new memory is taken. Everything is checked before the first tensor changes.
+    Everything is checked, and all memory is taken, before the first tensor changes. On the CPU tensors are compacted
+    within their own memory; only those whose memory somebody else sees too (an alias, a file, a NumPy or DLPack array)
+    get new memory. The CUDA kernels need at most the largest tensor's bytes on top of what is there, the reference
+    those of all that is kept.
 
     Args:
         tensors: parameters, gradients or optimiser state of any dtype; contiguous or channels_last, which is kept, as
@@ -51,39 +59,79 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice], *, backe
         tensor([[0., 1.],
                 [4., 5.]])
     """
-    check(tensors, slices)
+    for step in slice_steps(tensors, slices, backend=backend):
+        step()
+
+
+def slice_steps(
+    tensors: Sequence[Tensor], slices: Sequence[Slice], *, backend: str = "auto", names: Sequence[str] | None = None
+) -> list[Step]:
+    """What :func:`slice_channels_` would do, ready to be done: everything is checked, all memory is there.
+
+    names: what messages call the tensors. Returns calls without arguments, to be made once and in this order; none of
+    them fails for anything that could be known beforehand. Raises as :func:`slice_channels_`.
+    """
+    slices = _own_tables(slices)
+    check(tensors, slices, names)
+    steps: list[Step] = []
     for device in dict.fromkeys(t.device for t in tensors):
         mine = [i for i, t in enumerate(tensors) if t.device == device]
-        run = dispatch.choose("slice_channels", device, backend)
-        run([tensors[i] for i in mine], [slices[i] for i in mine])
-        for i in mine:
-            leave_old_graph(tensors[i])
+        module = dispatch.choose_module("slice_channels", device, backend)
+        some = [tensors[i] for i in mine], [slices[i] for i in mine]
+        if hasattr(module, "slice_steps"):
+            steps += module.slice_steps(*some)
+        else:
+            steps += [partial(module.slice_channels_, *some), *(partial(_leave_old_graph, t) for t in some[0])]
+    return steps
 
 
-def leave_old_graph(tensor: Tensor) -> None:
-    """Let the next forward make a new gradient accumulator, of the tensor's present shape.
+def set_data(tensor: Tensor, data: Tensor) -> list[Step]:
+    """The calls that give a tensor other data, of any shape, and its next forward a new gradient accumulator.
 
-    A graph that is still held (a loss in scope, DistributedDataParallel) keeps the accumulator of the old shape alive,
-    and autograd takes the one that there is, whatever became of the sizes. Only data of another type makes PyTorch let
-    go of it (``VariableHooks::set_data``, the same from 1.5 to 2.13), so the data goes away and comes back.
+    A graph that is still held (a loss in scope, DistributedDataParallel) keeps the accumulator with the old shape
+    alive, and autograd takes the one that there is, whatever became of the sizes. Only data of another type makes
+    PyTorch let go of it (``VariableHooks::set_data``), so that comes first.
     """
-    if tensor.requires_grad:
-        data = tensor.data
+    steps: list[Step] = [partial(setattr, tensor, "data", data)]
+    if tensor.requires_grad and tensor.shape != data.shape:
         other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
-        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
-        tensor.data = data
+        steps.insert(0, partial(setattr, tensor, "data", torch.empty(0, dtype=other, device=tensor.device)))
+    return steps
 
 
-def check(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
+def _leave_old_graph(tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+        both = torch.empty(0, dtype=other, device=tensor.device), tensor.data
+        deque(map(setattr, repeat(tensor), repeat("data"), both), maxlen=0)  # one call: never only the first of them
+
+
+def _own_tables(slices: Sequence[Slice]) -> list[Slice]:
+    """The slices with index tables and factors that nobody else holds: what was checked stays as it is."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(t: Tensor) -> Tensor:
+        if id(t) not in copies:
+            copies[id(t)] = t.detach().clone() if type(t) is Tensor else t
+        return copies[id(t)]
+
+    return [
+        Slice({d: copied(k) for d, k in s.keep.items()}, None if s.scale is None else copied(s.scale)) for s in slices
+    ]
+
+
+def check(tensors: Sequence[Tensor], slices: Sequence[Slice], names: Sequence[str] | None = None) -> None:
     """Everything a kernel relies on. Raises ValueError or TypeError."""
     if len(tensors) != len(slices):
         raise ValueError(f"{len(tensors)} tensors for {len(slices)} slices")
     checked: dict[int, int] = {}
     for i, (tensor, piece) in enumerate(zip(tensors, slices)):
-        _check_keep(i, tensor, piece, checked)
-        _check_scale(i, tensor, piece)
-        _check_owned(i, tensor)
-    _check_disjoint(tensors)
+        who = names[i] if names is not None else f"tensor {i}"
+        check_kind(who, tensor)
+        _check_keep(who, tensor, piece, checked)
+        _check_scale(who, tensor, piece)
+        _check_owned(who, tensor)
+    _check_disjoint(tensors, names or [f"tensor {i}" for i in range(len(tensors))])
 
 
 def sliced_shape(tensor: Tensor, piece: Slice) -> tuple[int, ...]:
@@ -91,64 +139,89 @@ def sliced_shape(tensor: Tensor, piece: Slice) -> tuple[int, ...]:
     return tuple(piece.keep[d].shape[0] if d in piece.keep else n for d, n in enumerate(tensor.shape))
 
 
-def _check_keep(i: int, tensor: Tensor, piece: Slice, checked: dict[int, int]) -> None:
+def _check_keep(who: str, tensor: Tensor, piece: Slice, checked: dict[int, int]) -> None:
     """``checked`` remembers index tables by identity: one table usually serves many tensors."""
     shape = tensor.shape
     for dim, keep in piece.keep.items():
         if not 0 <= dim < len(shape):
-            raise ValueError(f"tensor {i} of shape {tuple(shape)} has no dim {dim}")
+            raise ValueError(f"{who} of shape {tuple(shape)} has no dim {dim}")
         if id(keep) not in checked:
             if keep.dtype != torch.int64 or keep.dim() != 1:
-                raise TypeError(
-                    f"tensor {i}, dim {dim}: kept indices must be 1-D int64, not {keep.dim()}-D {keep.dtype}"
-                )
+                raise TypeError(f"{who}, dim {dim}: kept indices must be 1-D int64, not {keep.dim()}-D {keep.dtype}")
             if keep.numel() == 0:
-                raise ValueError(f"tensor {i}, dim {dim}: no index is kept; at least one channel must stay")
-            if keep.device.type != "meta":
-                if int(keep[0]) < 0 or not bool((keep[1:] > keep[:-1]).all()):
-                    raise ValueError(f"tensor {i}, dim {dim}: kept indices must be sorted, unique and not negative")
-                checked[id(keep)] = int(keep[-1])
-        last = checked.get(id(keep), -1)
+                raise ValueError(f"{who}, dim {dim}: no index is kept; at least one channel must stay")
+            if not _has_values(keep):
+                raise TypeError(f"{who}, dim {dim}: kept indices on meta have no values: give a CPU tensor")
+            if int(keep[0]) < 0 or not bool((keep[1:] > keep[:-1]).all()):
+                raise ValueError(f"{who}, dim {dim}: kept indices must be sorted, unique and not negative")
+            checked[id(keep)] = int(keep[-1])
+        last = checked[id(keep)]
         if last >= shape[dim] or keep.shape[0] > shape[dim]:
-            raise ValueError(f"tensor {i}, dim {dim}: index {last} is out of range for size {shape[dim]}")
+            raise ValueError(f"{who}, dim {dim}: index {last} is out of range for size {shape[dim]}")
 
 
-def _check_scale(i: int, tensor: Tensor, piece: Slice) -> None:
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and _is_plain(tensor)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's memory is what it says: no FakeTensor, DTensor or other class that stands for something."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def check_kind(who: str, tensor: Tensor) -> None:
+    """The tensor's elements lie in memory, as a plain tensor's do. Raises TypeError."""
+    if not _is_plain(tensor):
+        raise TypeError(
+            f"{who} is a {type(tensor).__name__}, whose memory isn't that of a plain tensor: slice the model before "
+            "it is distributed, quantized or faked"
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise TypeError(f"{who} is {tensor.layout}, {tensor.dtype}: only dense tensors can be sliced")
+
+
+def _check_scale(who: str, tensor: Tensor, piece: Slice) -> None:
     if piece.scale is None:
         return
     if tensor.dim() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
-        raise TypeError(f"tensor {i} is {tensor.dim()}-D {tensor.dtype}: only floating-point rows can be scaled")
+        raise TypeError(f"{who} is {tensor.dim()}-D {tensor.dtype}: only floating-point rows can be scaled")
     rows = piece.keep[0].shape[0] if 0 in piece.keep else tensor.shape[0]
+    if not _has_values(piece.scale):
+        raise TypeError(f"{who}: a scale on meta has no values")
     if tuple(piece.scale.shape) != (rows,) or not piece.scale.is_floating_point():
         raise ValueError(
-            f"tensor {i}: scale must be floating point of shape ({rows},), "
+            f"{who}: scale must be floating point of shape ({rows},), "
             f"not {piece.scale.dtype} of shape {tuple(piece.scale.shape)}"
         )
 
 
-def _check_owned(i: int, tensor: Tensor) -> None:
+def _check_owned(who: str, tensor: Tensor) -> None:
     if not tensor.is_leaf:
-        raise ValueError(f"tensor {i} is the result of a differentiable operation: only leaves can be sliced in place")
+        raise ValueError(f"{who} is the result of a differentiable operation: only leaves can be sliced in place")
     if tensor._is_view() and tensor.grad_fn is not None:
-        raise ValueError(f"tensor {i} is a view that autograd tracks")
+        raise ValueError(f"{who} is a view that autograd tracks")
     if tensor.device.type == "meta":
         return
     wanted = tensor.numel() * tensor.element_size()
+    if tensor.untyped_storage().nbytes() < wanted:
+        raise ValueError(
+            f"{who} of shape {tuple(tensor.shape)} has no memory: its storage was released, as FSDP and offloading "
+            "do; bring the weights back first"
+        )
     if tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() > wanted:
         raise ValueError(
-            f"tensor {i} of shape {tuple(tensor.shape)} is a view of a larger storage, whose memory can't be given "
+            f"{who} of shape {tuple(tensor.shape)} is a view of a larger storage, whose memory can't be given "
             "back: clone() it first"
         )
     if not is_dense(tensor):
         raise ValueError(
-            f"tensor {i} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense: "
-            "make it contiguous first"
+            f"{who} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense: make it contiguous first"
         )
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor's elements fill its memory without gaps or overlap, in any order of dims."""
-    if tensor.is_contiguous():
+    if tensor.is_contiguous() or tensor.numel() == 0:
         return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
@@ -158,7 +231,7 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _check_disjoint(tensors: Sequence[Tensor]) -> None:
+def _check_disjoint(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
     spans = sorted(
         (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i)
         for i, t in enumerate(tensors)
@@ -166,8 +239,9 @@ def _check_disjoint(tensors: Sequence[Tensor]) -> None:
     )
     for (_, end, i), (begin, _, j) in itertools.pairwise(spans):
         if begin < end:
-            raise ValueError(f"tensors {min(i, j)} and {max(i, j)} share memory: name a tied parameter only once")
+            first, second = names[min(i, j)], names[max(i, j)]
+            raise ValueError(f"{first} and {second} share memory: name a tied parameter only once")
     seen: dict[int, int] = {}
     for i, tensor in enumerate(tensors):
         if seen.setdefault(id(tensor), i) != i:
-            raise ValueError(f"tensors {seen[id(tensor)]} and {i} are the same: name a tied parameter only once")
+            raise ValueError(f"{names[seen[id(tensor)]]} and {names[i]} are the same: name a tied parameter only once")

@@ -12,7 +12,6 @@ from torch import nn
 from ..objective.batches import in_channels
 from ..objective.conditioning import config_of
 from ..objective.isolation import unwrapped
-from ..result import PruneResult, record
 
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 
@@ -72,9 +71,9 @@ def takes_captions(pipe: Any) -> bool:
     return "prompt" in inspect.signature(pipe.__call__).parameters
 
 
-def put_back(pipe: Any, name: str, result: PruneResult) -> PruneResult:
-    """Name the pipeline in the result: the given one where it was pruned in place, else a shallow copy of it."""
-    if modules_of(pipe)[name] is not result.model:
+def place_of(pipe: Any, name: str, model: nn.Module) -> dict[str, Any]:
+    """The fields of a result that name the pipeline: the given one where it holds the model, else a shallow copy."""
+    if modules_of(pipe)[name] is not model:
         pipe = copy.copy(pipe)
-        setattr(pipe, name, result.model)
-    return record(result, pipeline=pipe, component=name)
+        setattr(pipe, name, model)
+    return {"pipeline": pipe, "component": name}

@@ -10,8 +10,7 @@ from torch import nn
 
 from ..evaluation.own_samples import OwnSamples
 from ..objective.isolation import unwrapped
-from ..result import PruneResult
-from .components import find_component, is_pipeline, put_back
+from .components import find_component, is_pipeline, place_of
 from .encoding import encoded
 from .own_samples import own_batches
 
@@ -30,9 +29,9 @@ class Target:
     pipeline: Any = None
     component: str | None = None
 
-    def put_back(self, result: PruneResult) -> PruneResult:
-        """The result with the pruned module in its pipeline; as it is where there is none."""
-        return result if self.component is None else put_back(self.pipeline, self.component, result)
+    def place_of(self, model: nn.Module) -> dict[str, Any]:
+        """The fields of a result that name the pipeline which holds the pruned module; none where there is none."""
+        return {} if self.component is None else place_of(self.pipeline, self.component, model)
 
 
 def are_prompts(loader: Any) -> bool:

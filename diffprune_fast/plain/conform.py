@@ -9,6 +9,7 @@ solved for them.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..architectures.configs import shapes_of
 from ..architectures.position_tables import table_of
 from ..checkpoint.loading import apply_shapes
 from ..checkpoint.plain_config import changed_attributes, settings_of
+from ..ops.slice_channels import Step
 from ..plan.keep_sets import Sliced
 from ..pruned.kept_columns import detach
 from ..selection.budgets import BudgetError
@@ -72,6 +74,27 @@ def conform(model: nn.Module, target: Target, steps: int = 1000) -> int:
     if shapes_of(model) != shapes_of(target.fresh):
         raise AssertionError("a sliced model has other shapes than its target")
     return fewer
+
+
+def conforming_steps(model: nn.Module, conformed: nn.Module, sliced: Sliced, target: Target) -> list[Step]:
+    """The calls after which ``model``, sliced, has what :func:`conform` gave another copy of it, parameters aside.
+
+    Gradients of parameters whose shape the slicing doesn't decide go.
+    """
+    theirs = dict(conformed.named_modules())
+    steps: list[Step] = []
+    for path, module in model.named_modules():
+        rule = table_of(module)
+        if rule is not None:
+            table = getattr(theirs[path], rule.buffer)
+            steps += [partial(rule.hold, module, rule.held(theirs[path]), table), partial(detach, module)]
+    for path, value in changed_attributes(conformed, model).items():
+        owner, _, name = path.rpartition(".")
+        steps.append(partial(setattr, model.get_submodule(owner), name, value))
+    for name, p in conformed.named_parameters():
+        if tuple(p.shape) != tuple(sliced.shapes.get(name, p.shape)):
+            steps.append(partial(setattr, model.get_parameter(name), "grad", None))
+    return [*steps, partial(model.register_to_config, **target.updates)]  # type: ignore[operator, misc]
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

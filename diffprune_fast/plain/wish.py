@@ -12,13 +12,14 @@ from torch import nn
 
 from ..architectures.configs import shapes_of
 from ..choices import NormGroups, Units
+from ..ops.slice_channels import Step
 from ..plan.keep_sets import Sliced
 from ..plan.plan import Complexity, Plan
 from ..result import PruneResult, record
 from ..scoring.scores import Scores
 from ..selection.budgets import BudgetError
 from ..selection.select import Selection, select
-from .conform import check_settings, conform, replaced_places
+from .conform import check_settings, conform, conforming_steps, replaced_places
 from .counts import counts_for
 from .sinusoids import frequencies
 from .target import Target, read_like, target_of
@@ -32,6 +33,8 @@ class Wish:
 
     def __init__(self, **options: Any) -> None:
         self.options = options
+
+    is_of_widths = True  # slicing alone fulfils it
 
     def units(self, asked: Units) -> Units:
         """What can go of attentions, where ``asked`` leaves it open."""
@@ -47,9 +50,15 @@ class Wish:
         """The result with what a wish means beside widths. The model is changed in place."""
         return result
 
+    def finishing(self, model: nn.Module, fulfilled: nn.Module, sliced: Sliced) -> list[Step]:
+        """The calls that give ``model``, sliced and with the parameters of ``fulfilled``, the rest of what that has."""
+        return []
+
 
 class Like(Wish):
     """A config: every width is given, the best units of every group stay."""
+
+    is_of_widths = False
 
     def __init__(self, model: nn.Module, like: Any, steps: int, **options: Any) -> None:
         super().__init__(**options)
@@ -77,6 +86,9 @@ class Like(Wish):
         after = Complexity(result.after.params - fewer, result.after.macs - fewer)
         shapes = {name: tuple(t.shape) for name, t in [*result.model.named_parameters(), *result.model.named_buffers()]}
         return record(result, after=after, shapes={n: shapes[n] for n in result.shapes})
+
+    def finishing(self, model: nn.Module, fulfilled: nn.Module, sliced: Sliced) -> list[Step]:
+        return conforming_steps(model, fulfilled, sliced, self.target)
 
 
 def wish_for(

@@ -60,10 +60,14 @@ def kept_columns(model: nn.Module) -> dict[str, KeptColumns]:
     return found
 
 
-def keep_columns(model: nn.Module, kept: Mapping[tuple[str, int], Any], widths: Mapping[str, tuple[int, ...]]) -> None:
-    """Attach hooks where slicing took columns from a table. kept: of (buffer, dim), the columns that stay; widths: the
-    buffers' shapes before."""
-    known = kept_columns(model)
+def columns_to_keep(
+    model: nn.Module, kept: Mapping[tuple[str, int], Any], widths: Mapping[str, tuple[int, ...]]
+) -> list[tuple[nn.Module, KeptColumns]]:
+    """The modules from whose tables slicing takes columns, and the hooks that :meth:`KeptColumns.attach` gives them.
+
+    kept: of (buffer, dim), the columns that stay; widths: the buffers' shapes before.
+    """
+    known, found = kept_columns(model), []
     for name, module in model.named_modules():
         rule = table_of(module)
         path = f"{name}.{rule.buffer}".lstrip(".") if rule is not None else ""
@@ -71,4 +75,5 @@ def keep_columns(model: nn.Module, kept: Mapping[tuple[str, int], Any], widths: 
             columns, width = torch.as_tensor(kept[path, 2]), widths[path][2]
             if name in known:  # pruned before
                 columns, width = known[name].kept[columns], known[name].width
-            KeptColumns(columns, width).attach(module)
+            found.append((module, KeptColumns(columns, width)))
+    return found

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .heads import HeadPair, Place, find_heads
-from .rotate import Rotation, rotate_heads, rotated
+from .rotate import Rotation, rotate_heads
 
-__all__ = ["HeadPair", "Place", "Rotation", "find_heads", "rotate_heads", "rotated"]
+__all__ = ["HeadPair", "Place", "Rotation", "find_heads", "rotate_heads"]

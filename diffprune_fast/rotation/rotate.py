@@ -128,26 +128,6 @@ def rotate_heads(
     return Rotation(names, standing, change, samples, seed, time.perf_counter() - begin, kept, originals)
 
 
-@contextmanager
-def rotated(
-    model: nn.Module, plan: Plan, loader: Iterable[Any] | None, *, stays: bool, **options: Any
-) -> Iterator[Rotation | None]:
-    """Inside, the model's heads are rotated; None for the loader: they are not.
-
-    stays: they are afterwards too, unless something was raised. options: those of :func:`rotate_heads`.
-    """
-    if loader is None:
-        yield None
-        return
-    rotation = rotate_heads(model, plan, loader, **options)
-    try:
-        yield rotation
-    except BaseException:
-        rotation.undo()
-        raise
-    (rotation.forget if stays else rotation.undo)()
-
-
 class _Run:
     """Runs the model; its answers to the first micro-batch are what has to stay."""
 

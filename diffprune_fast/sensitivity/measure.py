@@ -34,7 +34,7 @@ from ..scoring.scores import Scores, Sensitivities
 from ..selection.budgets import match_groups
 from ..selection.ranking import check_scores
 from ..selection.search import nearest
-from ..slicing.execute import slice_model
+from ..slicing.execute import slicing_steps
 
 # Shares of a cluster's units that go.
 SHARES = (1 / 3, 2 / 3, 0.85)
@@ -199,7 +199,8 @@ class _Bench:
     def _sliced(self, keep: Keep) -> tuple[nn.Module, Kept]:
         pruned = copy.deepcopy(self._dense)
         sliced = sliced_shapes(pruned, self._plan, keep)
-        slice_model(pruned, self._plan, sliced, None, self._backend)
+        for step in slicing_steps(pruned, self._plan, sliced, backend=self._backend):
+            step()
         return pruned, sliced.kept
 
     def _layers(self, pruned: nn.Module, kept: Kept) -> list[Consumer]:

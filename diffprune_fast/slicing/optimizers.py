@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.slice_channels import Step
 from ..pruned.held_tensors import tables
 from .verify import SliceError
 
@@ -46,12 +48,23 @@ def check_optimizer(
                 )
 
 
-def state_of(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> list[tuple[Tensor, int]]:
-    """The optimiser's tensors of a parameter's shape, each with the power of a factor on the weight that it takes.
+def state_of(optimizer: torch.optim.Optimizer | None, name: str, parameter: Tensor) -> list[tuple[str, Tensor, int]]:
+    """The optimiser's tensors of a parameter's shape: name, tensor, the power of a factor on the weight that it takes.
 
     Step counters and the like stay as they are, and so do the values of state whose meaning isn't known by its name.
     """
     if optimizer is None or parameter not in optimizer.state:
         return []
-    state = optimizer.state[parameter]
-    return [(v, _POWERS.get(k, 0)) for k, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape]
+    state = {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, Tensor)}
+    return [(f"{name}'s {k}", v, _POWERS.get(k, 0)) for k, v in state.items() if v.shape == parameter.shape]
+
+
+def forgetting(optimizer: torch.optim.Optimizer, old: Collection[nn.Parameter], model: nn.Module) -> list[Step]:
+    """The calls that take the parameters which a model no longer has out of its optimiser."""
+    staying = {id(p) for p in model.parameters()}
+    gone = {id(p): p for p in old if id(p) not in staying}
+    steps: list[Step] = [partial(optimizer.state.pop, p, None) for p in gone.values()]
+    for group in optimizer.param_groups:
+        left = [p for p in group["params"] if id(p) not in gone]
+        steps.append(partial(group["params"].__setitem__, slice(None), left))
+    return steps

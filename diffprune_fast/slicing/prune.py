@@ -5,21 +5,23 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint.saving import replace_save_pretrained
 from ..choices import NormGroups
 from ..plan.keep_sets import Sliced, sliced_shapes
 from ..plan.plan import Plan
-from ..pruned.record import attach_record, before_pruning
-from ..result import PruneResult, record
-from .execute import slice_model
+from ..pruned.record import before_pruning
+from ..result import PruneResult
+from .commit import Change
+from .execute import slicing_steps
 from .optimizers import check_optimizer
-from .verify import check_keep, check_model, retrace
+from .verify import check_keep, check_model, check_tensors, retrace
 
 
 def dry_run(
@@ -41,6 +43,7 @@ def dry_run(
     check_model(model, plan)
     keep = check_keep(plan, keep, norm_groups)
     sliced = sliced_shapes(model, plan, keep)
+    check_tensors(model, sliced)
     retrace(model, plan, sliced, norm_groups, example_inputs)
     return sliced
 
@@ -79,7 +82,9 @@ def prune(
         The pruned model with its plan, its keep-sets and its figures.
 
     Raises:
-        SliceError: something doesn't fit. Everything is checked before the first byte changes.
+        SliceError: something doesn't fit. Everything is checked, and all memory is taken, before the first byte
+        changes; from there on it goes to the end. An interrupt that comes meanwhile is raised afterwards, with the
+        result as its attribute ``result``.
 
     Example:
         >>> from diffprune_fast import trace
@@ -99,24 +104,42 @@ def prune(
     started = time.perf_counter()
     sliced = dry_run(model, plan, keep, norm_groups=norm_groups, example_inputs=example_inputs)
     check_optimizer(model, optimizer, inplace, {name for name, _ in sliced.kept})
-    checked = time.perf_counter()
     if not inplace:
         model = copy.deepcopy(model)
-    before = before_pruning(model, plan)
-    slice_model(model, plan, sliced, optimizer, backend)
-    attach_record(model, before)
-    replace_save_pretrained(model)
-    done = time.perf_counter()
-    return record(
-        PruneResult(
-            model=model,
-            plan=plan,
-            keep=sliced.keep,
-            before=plan.complexity(),
-            after=plan.complexity(sliced.keep),
-            norm_groups=norm_groups,
-            shapes=sliced.shapes,
-            attributes=sliced.attributes,
-            seconds={"verify": checked - started, "slice": done - checked},
-        )
+    seconds = {"verify": time.perf_counter() - started}
+    return prepared(model, plan, sliced, norm_groups, optimizer, backend, seconds=seconds).made()
+
+
+def prepared(
+    model: nn.Module,
+    plan: Plan,
+    sliced: Sliced,
+    norm_groups: NormGroups,
+    optimizer: torch.optim.Optimizer | None,
+    backend: str,
+    *,
+    solved: Mapping[str, Tensor] | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> Change:
+    """Everything that :func:`prune` does between its checks and the first change.
+
+    sliced: what :func:`dry_run` gave. solved: as in :func:`slicing_steps`. seconds: of stages before.
+    """
+    check_model(model, plan)
+    began = time.perf_counter()
+    record = before_pruning(model, plan)
+    steps = slicing_steps(model, plan, sliced, optimizer, backend, solved)
+    taken = {**(seconds or {}), "slice": 0.0}
+    result = PruneResult(
+        model=model,
+        plan=plan,
+        keep=sliced.keep,
+        before=plan.complexity(),
+        after=plan.complexity(sliced.keep),
+        norm_groups=norm_groups,
+        shapes=sliced.shapes,
+        attributes=sliced.attributes,
+        seconds=taken,
     )
+    taken["slice"] = time.perf_counter() - began
+    return Change(result, [*steps, partial(replace_save_pretrained, model)], record)

@@ -18,7 +18,7 @@ def reducers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def refuse_forward(reducer: nn.Module, args: Any = ()) -> None:
-    """A forward hook: without it the ranks would go on, each with its own gradients of what was sliced, silently."""
+    """A forward hook: without it the ranks would go on without an error, each with its own gradients."""
     raise RuntimeError(
         "the model was pruned since DistributedDataParallel was put around it, which would reduce the gradients of the "
         "former parameters: put a new one around it (DistributedDataParallel(model), accelerator.prepare(model))"

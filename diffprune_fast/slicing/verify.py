@@ -11,6 +11,7 @@ from torch import nn
 
 from ..architectures.inputs import calls_of
 from ..choices import NormGroups, check_choice
+from ..ops.slice_channels import check_kind
 from ..plan.constraints import violations
 from ..plan.keep_sets import Sliced
 from ..plan.plan import Plan
@@ -36,6 +37,17 @@ def check_model(model: nn.Module, plan: Plan) -> None:
     for name, _, _, t in tables(model):
         if t.device.type == "meta":
             raise SliceError(f"{name} is on the meta device and has no data to slice: load the weights first")
+
+
+def check_tensors(model: nn.Module, sliced: Sliced) -> None:
+    """What is to be sliced are plain tensors, which can be walked on meta and whose memory is their own."""
+    names = {name for name, _ in sliced.kept}
+    for name, _, _, t in tables(model):
+        if name in names:
+            try:
+                check_kind(name, t)
+            except TypeError as error:
+                raise SliceError(str(error)) from None
 
 
 def check_keep(plan: Plan, keep: Mapping[str, Any], norm_groups: NormGroups) -> dict[str, np.ndarray]:

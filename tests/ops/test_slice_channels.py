@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from diffprune_fast import ops
 from diffprune_fast.ops import cpu
+from diffprune_fast.ops.slice_channels import slice_steps
 
 pytestmark = pytest.mark.skipif(cpu.availability() != "ok", reason=cpu.availability())
 
@@ -218,37 +219,20 @@ def test_memory_that_others_see_is_never_written(tmp_path) -> None:
     assert path.read_bytes() == array.tobytes()
 
 
-def test_new_memory_never_exceeds_the_largest_tensor(monkeypatch) -> None:
-    """What is allocated at any moment and not yet a tensor's own."""
-    tensors = [torch.ones(n, 100) for n in (10, 200, 50, 1000, 300, 400, 900, 20)]
-    pending, most = 0, 0
-    allocate, run = ops.reference.empty_like, cpu._cpu.slice_channels
-
-    def counting(tensor, shape):
-        nonlocal pending, most
-        out = allocate(tensor, shape)
-        pending += out.numel() * 4
-        most = max(most, pending)
-        return out
-
-    class Native:
-        SLICE_ENTRY = cpu._cpu.SLICE_ENTRY
-
-        @staticmethod
-        def can_slice_in_place():
-            return False
-
-        @staticmethod
-        def slice_channels(table, threads):
-            nonlocal pending
-            run(table, threads)
-            pending = 0
-
-    monkeypatch.setattr(cpu.reference, "empty_like", counting)
-    monkeypatch.setattr(cpu, "_cpu", Native)
-    ops.slice_channels_(tensors, [ops.Slice({1: torch.arange(90)})] * len(tensors), backend="cpu")
-    assert 0 < most <= 1000 * 100 * 4
-    assert all(t.shape[1] == 90 for t in tensors)
+def test_new_memory_is_for_tensors_that_others_see(monkeypatch) -> None:
+    """All of it is there before the first tensor changes; those that own their memory need none."""
+    tensors = [torch.ones(n, 100) for n in (10, 200, 50, 4000)]
+    aliases = [tensors[1].detach(), torch.from_dlpack(tensors[2])]
+    taken = []
+    allocate = ops.reference.empty_like
+    monkeypatch.setattr(cpu.reference, "empty_like", lambda t, shape: taken.append(len(t)) or allocate(t, shape))
+    steps = slice_steps(tensors, [ops.Slice({1: torch.arange(90)})] * len(tensors), backend="cpu")
+    assert taken == [200, 50]
+    assert all(t.shape[1] == 100 for t in tensors)
+    for step in steps:
+        step()
+    assert all(t.shape[1] == 90 and t.untyped_storage().nbytes() == len(t) * 90 * 4 for t in tensors)
+    assert all(a.shape[1] == 100 and (a == 1).all() for a in aliases)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
