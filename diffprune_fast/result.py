@@ -103,6 +103,7 @@ class PruneResult:
             lines.append(f"heads: {str(self.rotation).splitlines()[0]}")
         if self.compensation is not None:
             lines += str(self.compensation).splitlines()
+        lines += [f"note:   {note}" for note in self.plan.notes]
         if aside := unreached(self.plan):
             first = ", ".join(aside[:3]) + (", …" if len(aside) > 3 else "")
             lines.append(
