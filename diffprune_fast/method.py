@@ -159,7 +159,8 @@ def score_and_prune(
         with rotated(dense, plan, seen, stays=inplace, **training) as rotation:
             laps.end("rotate" if seen is not None else None)
 
-            scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
+            # nobody else would look at it
+            scoring.setdefault("damage", rehearsal.allocation in ("gauss-newton", "measured"))
             scores = score(dense, loader, plan, seed=seed, **scoring)
             laps.end("score")
             if tries:
