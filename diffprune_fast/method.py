@@ -183,7 +183,8 @@ def score_and_prune(
             back.insert(0, (rotation := rotate_heads(dense, plan, loader, **training)).undo)
             laps.end("rotate")
 
-        scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
+        # nobody else would look at it
+        scoring.setdefault("damage", rehearsal.allocation in ("gauss-newton", "measured"))
         scores = score(dense, loader, plan, seed=seed, **scoring)
         laps.end("score")
         if tries:

@@ -94,7 +94,7 @@ def conforming_steps(model: nn.Module, conformed: nn.Module, sliced: Sliced, tar
     for name, p in conformed.named_parameters():
         if tuple(p.shape) != tuple(sliced.shapes.get(name, p.shape)):
             steps.append(partial(setattr, model.get_parameter(name), "grad", None))
-    return [*steps, partial(model.register_to_config, **target.updates)]  # type: ignore[operator, misc]
+    return [*steps, partial(model.register_to_config, **target.updates)]  # type: ignore[arg-type]
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

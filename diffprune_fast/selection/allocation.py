@@ -28,9 +28,8 @@ USES_OF_AN_EMBEDDING = 2.0
 # consumers are solved anew. Of the other clusters it says some 12 times the sliced change, which solving makes 2 to 50
 # times smaller: about 15 to 80 times less of an overestimate. The sixteenth errs towards keeping.
 EMBEDDING_DISCOUNT = 1 / 16
-# Of the share gone, where a measured curve goes on beyond its points.
-POWERS = (1.0, 6.0)
-ONE_POINT_POWER = 2.0
+# What is below this share of the largest damage is nothing.
+RESOLUTION = 1e-9
 
 
 def coherent_curves(order: Ranking, damage: np.ndarray) -> list[np.ndarray]:
@@ -47,29 +46,30 @@ def coherent_curves(order: Ranking, damage: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate([[0.0], np.cumsum(roots[start:stop])])[::-1] ** 2 for start, stop in pairwise(first)]
 
 
-def measured_curves(of: Lattice, sensitivities: Sensitivities) -> list[np.ndarray]:
-    """The same from trials of every cluster; a cluster that wasn't tried, and so stays as it is told, costs nothing."""
+def measured_curves(of: Lattice, sensitivities: Sensitivities, forecast: Curves | None = None) -> list[np.ndarray]:
+    """The same from trials of every cluster: the forecast's curves, bent so that they go through what was measured.
+
+    forecast: see :func:`coherent_curves`; None is the square of the share gone. Between two trials the logarithm of
+    their ratio to the forecast is interpolated, beyond the ends it is that of the nearest. A cluster that wasn't tried,
+    and so stays as it is told, costs nothing.
+    """
     curves = []
+    known = sensitivities.damage[~np.isnan(sensitivities.damage)]
+    least = max(RESOLUTION * known.max(initial=0.0), np.finfo(float).tiny)
     for c, q in enumerate(of.levels.tolist()):
         g = int(np.flatnonzero(of.cluster == c)[0])
-        known = ~np.isnan(sensitivities.shares[g])
-        shares, damage = sensitivities.shares[g][known], sensitivities.damage[g][known]
+        tried = ~np.isnan(sensitivities.shares[g])
         gone = 1 - np.arange(q + 1) / q
-        curves.append(_through(shares, damage, gone) if len(shares) else np.zeros(q + 1))
+        if not tried.any():
+            curves.append(np.zeros(q + 1))
+            continue
+        shares, damage = sensitivities.shares[g][tried], np.maximum(sensitivities.damage[g][tried], least)
+        shape = gone**2 if forecast is None else forecast[c]
+        shape = shape + RESOLUTION * max(float(shape.max()), least) * gone**2  # nowhere nothing but where all stays
+        ratio = np.log(damage / np.interp(shares, gone[::-1], shape[::-1]))
+        bent = shape * np.exp(np.interp(gone, shares, ratio))
+        curves.append(np.maximum.accumulate(bent[::-1])[::-1])
     return curves
-
-
-def _through(shares: np.ndarray, damage: np.ndarray, gone: np.ndarray) -> np.ndarray:
-    """The damage at any share gone: through all points, a power of the share between each two and beyond the ends.
-
-    What rises less than linearly beyond the ends, or more steeply than a sixth power, is noise of the trials.
-    """
-    x, y = np.log(shares), np.log(np.maximum.accumulate(np.maximum(damage, np.finfo(float).tiny)))
-    powers = np.clip(np.diff(y) / np.diff(x), *POWERS) if len(x) > 1 else np.array([ONE_POINT_POWER])
-    at = np.log(np.maximum(gone, np.finfo(float).tiny))
-    found = np.interp(at, x, y)
-    found += powers[0] * np.minimum(at - x[0], 0) + powers[-1] * np.maximum(at - x[-1], 0)
-    return np.where(gone > 0, np.exp(found), 0.0)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def select(
         ranking: ``"local"`` takes the same share of every group, ``"global"`` lets the groups share the
             budget. None is local for a ratio, global for params and macs.
         allocation: how they share it. ``"gauss-newton"``: by the damage to the model's output that ``Scores`` estimate,
-            the least for what it saves. ``"measured"``: the same by trials of every cluster, see
+            the least for what it saves. ``"measured"``: that damage corrected by trials of every cluster, see
             :func:`~diffprune_fast.sensitivity.measure_sensitivities`. ``"mean"``: by the scores, each divided by its
             group's mean, which says little about the damage. None is gauss-newton where the scores have their damage.
         round_to: widths become multiples of so many channels where the constraints leave that choice; None or 1: any.
@@ -182,14 +182,19 @@ def _curves(
     """What each cluster's output loses, by kept levels; None where the budget isn't shared by that."""
     if isinstance(scores, np.ndarray) or used not in ("gauss-newton", "measured"):
         return None
-    if used == "measured":
-        assert scores.sensitivities is not None
-        return measured_curves(of, scores.sensitivities)
-    assert scores.damage is not None
-    damage = check_scores(plan, scores.damage)
-    if (damage < 0).any():
-        raise ValueError(f"{int((damage < 0).sum())} damages are below zero: they are squared changes of the output")
-    return coherent_curves(order, discounted(plan, of, damage) if kind == "params" else damage)
+    forecast = None
+    if scores.damage is not None:
+        damage = check_scores(plan, scores.damage)
+        if (damage < 0).any():
+            raise ValueError(
+                f"{int((damage < 0).sum())} damages are below zero: they are squared changes of the output"
+            )
+        discount = kind == "params" and used == "gauss-newton"
+        forecast = coherent_curves(order, discounted(plan, of, damage) if discount else damage)
+    if used == "gauss-newton":
+        return forecast
+    assert scores.sensitivities is not None
+    return measured_curves(of, scores.sensitivities, forecast)
 
 
 def _on_allocation(

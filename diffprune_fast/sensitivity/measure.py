@@ -172,8 +172,8 @@ class _Bench:
     def remember(self, keep: Keep) -> None:
         """Run the dense model once: all outputs of the layers that lose inputs where no more than ``keep`` stays."""
         layers = [replace(layer, outputs=None, factor=None) for layer in self._layers(*self._sliced(keep))]
-        works, forward = measured(self._dense, self._dense, layers, self._data)
-        how = decided(works, "full", *agreed(means_of(self._device), forward, self._device))
+        works, forward, live = measured(self._dense, self._dense, layers, self._data)
+        how = decided(works, "full", *agreed(means_of(self._device), forward, self._device), live)
         self._forms = how.forms
         layers = [layer for layer in layers if layer.name in how.forms]
         self._targets = record(
