@@ -13,8 +13,7 @@ The partial sums, written once and read once, are 1 to 3 % of the bytes that the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -234,12 +233,7 @@ def add_to_units(sums, first, order, scores, n_units, BLOCK: tl.constexpr, DEPTH
 NUM_WARPS = 4
 PROGRAMS_PER_MULTIPROCESSOR = 32
 WIDE = {torch.float64: tl.float64}
-ELEMENT = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float64: tl.float64,
-}
+ELEMENT = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in score_tables.BLOCKS}
 
 
 def availability() -> str:
@@ -273,11 +267,9 @@ def channel_scores_(
     Raises RuntimeError if a CUDA graph is being captured and the same call was not made before: its tables or its
     kernels aren't on the device then.
     """
-    device = scores.device
-    with _on(device), torch.no_grad():
+    with score_tables.on(scores.device), torch.no_grad():
         call = Call(scores, criterion, timestep_weights, zero_grad and grads is not None)
-        used = grads if call.reads_grads else None
-        launch = score_tables.prepare(table, thetas, used, call.stacked, device, programs(device))
+        launch = call.prepare(thetas, grads, table)
         call.run(launch, table.n_units)
         if call.zero_grad and grads is not None:
             for i in launch.copied:
@@ -285,8 +277,42 @@ def channel_scores_(
     return scores
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def bind(
+    scores: Tensor,
+    thetas: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    table: Any,
+    *,
+    criterion: str,
+    timestep_weights: Tensor | None,
+    zero_grad: bool,
+) -> Callable[[Sequence[Tensor] | None], object]:
+    """The same call for gradients at the addresses of these, with nothing left to do but the launches."""
+    device = scores.device
+
+    options = {"criterion": criterion, "timestep_weights": timestep_weights, "zero_grad": zero_grad}
+
+    def from_the_start(grads: Sequence[Tensor] | None) -> Tensor:
+        return channel_scores_(scores, thetas, grads, table, **options)  # type: ignore[arg-type]
+
+    if score_tables.capturing(device):  # what it uploads is there only when the graph is replayed
+        return from_the_start
+    with score_tables.on(device), torch.no_grad():
+        call = Call(scores, criterion, timestep_weights, zero_grad and grads is not None)
+        launch = call.prepare(thetas, grads, table)
+    if launch.copies:
+        return from_the_start
+    addresses = [part.tensors for part in launch.parts]
+
+    def at_the_same_addresses(_: Sequence[Tensor] | None) -> None:
+        with score_tables.on(device):
+            if score_tables.capturing(device):
+                launch.captured.append(addresses)
+            for part, tensors in zip(launch.parts, addresses):
+                part.tensors = tensors
+            call.run(launch, table.n_units)
+
+    return at_the_same_addresses
 
 
 class Call:
@@ -295,11 +321,15 @@ class Call:
     def __init__(self, scores: Tensor, criterion: str, timestep_weights: Tensor | None, zero_grad: bool) -> None:
         self.scores, self.criterion, self.zero_grad = scores, criterion, zero_grad
         self.stacked = timestep_weights is not None
-        self.reads_grads = criterion != "magnitude" or zero_grad
         self.weights, self.n_steps = _step_weights(timestep_weights, scores)
         # Triton makes other code for addresses that aren't multiples of 16
         places = [(t.dtype, t.data_ptr() % 16 == 0) for t in (scores, self.weights)]
         self.variant = (criterion, zero_grad, self.stacked, *places)
+
+    def prepare(self, thetas: Sequence[Tensor], grads: Sequence[Tensor] | None, table: Any) -> score_tables.Launch:
+        used = grads if self.criterion != "magnitude" or self.zero_grad else None
+        device = self.scores.device
+        return score_tables.prepare(table, thetas, used, self.stacked, device, programs(device))
 
     def run(self, launch: score_tables.Launch, n_units: int) -> None:
         """Launch the kernels on the current stream."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -364,6 +365,11 @@ def _address_memory(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """On the host, from where the device can fetch it by itself, and on the device."""
     host = torch.empty(n, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host, torch.empty(n, dtype=torch.int64, device=device)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, ``device`` is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def capturing(device: torch.device) -> bool:

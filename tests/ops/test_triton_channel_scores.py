@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffprune_fast import ops
+from diffprune_fast.ops import channel_scores as op
 
 pytest.importorskip("triton")
 from diffprune_fast.kernels import channel_scores, score_tables
@@ -218,6 +219,46 @@ def test_tables_are_built_once_and_addresses_follow_the_tensors(monkeypatch: pyt
         expected = scored(thetas, grads, table, "reference")
         torch.testing.assert_close(scored(thetas, grads, table, "triton"), expected, rtol=1e-6, atol=1e-4)
     assert len(built) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"criterion": "square", "zero_grad": True}], ids=["abs", "square, zeroing"])
+def test_a_bound_call_looks_at_addresses_only(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    table, thetas = make_table(SHAPES), make_tensors(SHAPES)
+    scores = torch.zeros(N_UNITS, dtype=torch.float64)
+    bound = table.bind(scores, thetas, backend="triton", **options)
+    looks: list[str] = []
+    for module, name in ((op, "check"), (score_tables, "prepare")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=plain, n=name, **k: looks.append(n) or f(*a, **k))
+    places = [make_tensors(SHAPES), make_tensors(SHAPES)]
+    for seed in range(4):
+        grads = places[seed % 2]
+        for grad, new in zip(grads, make_tensors(SHAPES, seed=seed)):
+            grad.copy_(new)
+        expected = scored(thetas, [g.clone() for g in grads], table, "reference", **options)
+        scores.zero_()
+        del looks[:]
+        assert bound(grads) is scores
+        assert looks == (["check", "prepare"] if seed < 2 else [])
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-4)
+        assert all(bool(g.any()) != bool(options) for g in grads)
+
+
+def test_a_bound_call_checks_gradients_at_new_addresses() -> None:
+    bound = make_table(SHAPES).bind(torch.zeros(N_UNITS), make_tensors(SHAPES), backend="triton")
+    with pytest.raises(ValueError, match="gradient 3 has shape"):
+        bound([*make_tensors(SHAPES[:3]), torch.ones(3), *make_tensors(SHAPES[4:])])
+
+
+def test_a_bound_call_reads_copies_of_gradients_in_no_usable_order() -> None:
+    theta, grad = torch.randn(12, 10, 1), torch.randn(10, 12, 1).transpose(0, 1)
+    table, scores = make_table([(12, 10, 1)]), torch.zeros(N_UNITS, dtype=torch.float64)
+    bound = table.bind(scores, [theta], backend="triton")
+    for _ in range(2):
+        grad.normal_()
+        scores.zero_()
+        bound([grad])
+        torch.testing.assert_close(scores, scored([theta], [grad], table, "reference"), rtol=1e-6, atol=1e-5)
 
 
 @pytest.fixture
