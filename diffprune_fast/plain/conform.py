@@ -94,7 +94,8 @@ def conforming_steps(model: nn.Module, conformed: nn.Module, sliced: Sliced, tar
     for name, p in conformed.named_parameters():
         if tuple(p.shape) != tuple(sliced.shapes.get(name, p.shape)):
             steps.append(partial(setattr, model.get_parameter(name), "grad", None))
-    return [*steps, partial(model.register_to_config, **target.updates)]  # type: ignore[arg-type]
+    register: Any = model.register_to_config
+    return [*steps, partial(register, **target.updates)]
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
