@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .choices import Allocation, CompensationMode, CriterionName, Estimator, NormGroups, RankingName, Rounding, Units
+from .choices import (
+    Allocation,
+    CompensationMode,
+    CriterionName,
+    Estimator,
+    Layouts,
+    NormGroups,
+    RankingName,
+    Rounding,
+    Units,
+)
 
 if TYPE_CHECKING:
     from .plan.plan import Plan
@@ -84,6 +94,7 @@ def prune(
         Optional[str],  # noqa: UP045
         typer.Option(help="In place of a budget, a smaller config: '{\"block_out_channels\": [96, 192]}' or a file."),
     ] = None,
+    layout: Annotated[Layouts, typer.Option(help="config: widths that a config of the class has.")] = "free",
     ranking: Annotated[Optional[RankingName], typer.Option(help="Default: local for a ratio.")] = None,  # noqa: UP045
     allocation: Annotated[
         Optional[Allocation],  # noqa: UP045
@@ -147,6 +158,7 @@ def prune(
             params=params,
             macs=macs,
             like=_like(like),
+            layout=layout,
             ranking=ranking,
             allocation=allocation,
             estimator=estimator,

@@ -13,13 +13,14 @@ from torch import nn
 
 from . import compensation
 from .architectures.inputs import knows_inputs
-from .choices import CompensationMode, NormGroups, Units
+from .choices import CompensationMode, Layouts, NormGroups, Units
 from .depth.shallower import Budget, shallower
 from .objective.batches import replayed
 from .objective.calls import first_call
 from .pipelines.encoding import example_call
 from .pipelines.target import Target, are_prompts, find_target, own_loader
-from .plain.wish import Wish, wish_for
+from .plain.wish import Wish
+from .plain.wishes import wish_for
 from .plan.keep_sets import sliced_shapes
 from .plan.plan import Keep, Plan
 from .result import PruneResult, record
@@ -51,6 +52,7 @@ def score_and_prune(
     params: float | None = None,
     macs: float | None = None,
     like: Any = None,
+    layout: Layouts = "free",
     units: Units = "auto",
     norm_groups: NormGroups = "count",
     inplace: bool = True,
@@ -81,6 +83,7 @@ def score_and_prune(
         like: in place of a budget a smaller config of the model's class: some of its keys, a whole one, or the path of
             one. Every width becomes that config's, and the result is a plain model of the class; see
             :mod:`~diffprune_fast.plain`.
+        layout: ``"config"``: the best widths under the budget that a config of the class has; such a plain model again.
         units: whether dims or whole heads of attentions go, see :func:`trace`.
         norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
         inplace: False leaves the model alone and prunes a copy.
@@ -153,6 +156,7 @@ def score_and_prune(
         wish = wish_for(
             dense,
             like=like,
+            layout=layout,
             budget=budget,
             norm_groups=norm_groups,
             steps=_steps(target),
