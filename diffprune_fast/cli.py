@@ -139,11 +139,11 @@ def prune(
     """Prune a model, or a component of a pipeline, to a budget and save it."""
     with _errors_in_one_line():
         from .method import score_and_prune
-        from .selection.budgets import parse_budget
+        from .selection.budgets import parse_budgets
 
         _check_out(out, model_dir)
         budget = {"ratio": ratio, "params": params, "macs": macs}
-        parse_budget(budget)
+        parse_budgets(budget)
         if dry_run and like is not None:
             raise ValueError("--dry-run: with --like the sizes are those of the config")
         if dry_run:

@@ -79,7 +79,7 @@ def score_and_prune(
             model that makes images of noise or of classes; then it makes 512 images itself, and the result says so.
             None costs nothing where the criterion needs no data ("magnitude", "random").
         component: the name of that component; None is the denoiser.
-        ratio, params, macs: the budget, one of them; nothing is ``ratio=0.3``.
+        ratio, params, macs: the budget, one of them or params and macs both; nothing is ``ratio=0.3``.
         like: in place of a budget a smaller config of the model's class: some of its keys, a whole one, or the path of
             one. Every width becomes that config's, and the result is a plain model of the class; see
             :mod:`~diffprune_fast.plain`.

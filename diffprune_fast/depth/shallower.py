@@ -17,7 +17,7 @@ from ..plan.blocks import Block
 from ..plan.plan import Complexity
 from ..result import PruneResult, record
 from ..scoring.scores import BlockScores
-from ..selection.budgets import parse_budget
+from ..selection.budgets import parse_budgets
 from .drop_blocks import forget, named, without
 from .find_blocks import complexity_of, find_blocks
 from .score_blocks import score_blocks
@@ -70,7 +70,7 @@ def shallower(
     if blocks is None:
         yield Shallower(model, budget)
         return
-    parse_budget(budget)
+    parse_budgets(budget)
     whole = model if inplace else copy.deepcopy(model)
     chosen, scores = _choose(whole, loader, blocks, example_inputs, options or {})
     before = complexity_of(whole, calls_of(whole, example_inputs))

@@ -113,6 +113,6 @@ def test_what_a_config_cannot_do_is_named(options: dict[str, Any], error: type[E
 
 
 def test_a_class_without_known_widths_is_sent_to_like() -> None:
-    with pytest.raises(ValueError, match="layout='config' knows AutoencoderKL.* not Sequential: give like="):
-        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=r"layout='config' knows AutoencoderKL.* not Sequential: give like="):
         dpf.score_and_prune(model, None, macs=0.5, example_inputs=(torch.zeros(1, 4),), **QUICK)
