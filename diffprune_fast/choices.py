@@ -21,6 +21,8 @@ RankingName = Literal["local", "global"]
 Allocation = Literal["gauss-newton", "measured", "mean"]
 Rounding = Literal["reference"]
 Offsets = Literal["independent", "same"]
+# What the widths of a result have to be: any, or those of a config of its class.
+Layouts = Literal["free", "config"]
 # Depth: how a block's worth is found, see `score_blocks`.
 BlockMethod = Literal["first-order", "loss"]
 # Compensation: what the layers are solved for, see `compensate`.

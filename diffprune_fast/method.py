@@ -15,14 +15,15 @@ from torch import nn
 
 from . import compensation
 from .architectures.inputs import knows_inputs
-from .choices import CompensationMode, NormGroups, Units
+from .choices import CompensationMode, Layouts, NormGroups, Units
 from .depth.shallower import Budget, shallower
 from .objective.batches import replayed
 from .objective.calls import first_call
 from .ops.slice_channels import Step
 from .pipelines.encoding import example_call
 from .pipelines.target import Target, are_prompts, find_target, own_loader
-from .plain.wish import Wish, wish_for
+from .plain.wish import Wish
+from .plain.wishes import wish_for
 from .plan.keep_sets import sliced_shapes
 from .plan.plan import Keep, Plan
 from .pruned.record import record_of
@@ -57,6 +58,7 @@ def score_and_prune(
     params: float | None = None,
     macs: float | None = None,
     like: Any = None,
+    layout: Layouts = "free",
     units: Units = "auto",
     norm_groups: NormGroups = "count",
     inplace: bool = True,
@@ -83,10 +85,11 @@ def score_and_prune(
             model that makes images of noise or of classes; then it makes 512 images itself, and the result says so.
             None costs nothing where the criterion needs no data ("magnitude", "random").
         component: the name of that component; None is the denoiser.
-        ratio, params, macs: the budget, one of them; nothing is ``ratio=0.3``.
+        ratio, params, macs: the budget, one of them or params and macs both; nothing is ``ratio=0.3``.
         like: in place of a budget a smaller config of the model's class: some of its keys, a whole one, or the path of
             one. Every width becomes that config's, and the result is a plain model of the class; see
             :mod:`~diffprune_fast.plain`.
+        layout: ``"config"``: the best widths under the budget that a config of the class has; such a plain model again.
         units: whether dims or whole heads of attentions go, see :func:`trace`.
         norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
         inplace: False leaves the model alone and prunes a copy.
@@ -163,6 +166,7 @@ def score_and_prune(
         wish = wish_for(
             dense,
             like=like,
+            layout=layout,
             budget=budget,
             norm_groups=norm_groups,
             steps=_steps(target),

@@ -128,6 +128,8 @@ def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None
             save_file(buffers, folder / BUFFERS, metadata={"format": "pt"})
         if is_diffusers:
             of_config = build_on_meta(type(model), plain) if plain is not None else model
+            if plain is not None:  # also what others noted in it: diffusers' moving average keeps its numbers there
+                of_config.register_to_config(**plain)  # type: ignore[operator]
             of_config.save_config(folder)  # type: ignore[operator]
             if plain is None:
                 _put_signposts(folder)

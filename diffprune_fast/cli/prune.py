@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..choices import Allocation, CompensationMode, CriterionName, Estimator, NormGroups, RankingName, Rounding, Units
+from ..choices import (
+    Allocation,
+    CompensationMode,
+    CriterionName,
+    Estimator,
+    Layouts,
+    NormGroups,
+    RankingName,
+    Rounding,
+    Units,
+)
 from .app import INDEX, Force, ModelDir, Ran, app, asked, check_out, errors_in_one_line, say
 from .loading import device_of, image_loader, load, scheduler_of
 
@@ -59,6 +69,7 @@ def prune(
         Optional[str],  # noqa: UP045
         typer.Option(help="In place of a budget, a smaller config: '{\"block_out_channels\": [96, 192]}' or a file."),
     ] = None,
+    layout: Annotated[Layouts, typer.Option(help="config: widths that a config of the class has.")] = "free",
     ranking: Annotated[Optional[RankingName], typer.Option(help="Default: local for a ratio.")] = None,  # noqa: UP045
     allocation: Annotated[
         Optional[Allocation],  # noqa: UP045
@@ -104,12 +115,12 @@ def prune(
     """Prune a model, or a component of a pipeline, to a budget and save it."""
     with errors_in_one_line():
         from ..method import score_and_prune
-        from ..selection.budgets import parse_budget
+        from ..selection.budgets import parse_budgets
 
         ran = Ran(context)
         check_out(out, model_dir, force)
         budget = {"ratio": ratio, "params": params, "macs": macs}
-        parse_budget(budget)
+        parse_budgets(budget)
         if dry_run and like is not None:
             raise ValueError("--dry-run: with --like the sizes are those of the config")
         if dry_run:
@@ -125,6 +136,7 @@ def prune(
             params=params,
             macs=macs,
             like=_like(like),
+            layout=layout,
             ranking=ranking,
             allocation=allocation,
             estimator=estimator,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from ..architectures.configs import shapes_of
-from ..choices import NormGroups, Units
+from ..choices import Units
 from ..ops.slice_channels import Step
 from ..plan.keep_sets import Sliced
 from ..plan.plan import Complexity, Plan
@@ -89,33 +87,3 @@ class Like(Wish):
 
     def finishing(self, model: nn.Module, fulfilled: nn.Module, sliced: Sliced) -> list[Step]:
         return conforming_steps(model, fulfilled, sliced, self.target)
-
-
-def wish_for(
-    model: nn.Module,
-    *,
-    like: Any,
-    budget: Mapping[str, float | None],
-    norm_groups: NormGroups,
-    steps: int,
-    optimizer: torch.optim.Optimizer | None,
-    options: Mapping[str, Any],
-) -> Wish:
-    """What ``score_and_prune`` was asked for.
-
-    Raises ValueError for two wishes at once, or options that say nothing about a config.
-    """
-    if like is None:
-        return Wish(**budget, norm_groups=norm_groups, **options)
-    given = [f"{name}={value}" for name, value in budget.items() if value is not None]
-    said = [name for name, value in options.items() if name not in ("offsets", "round_to", "max_ratio") and value]
-    if given or said:
-        raise ValueError(f"like= gives every width: leave out {', '.join([*given, *said])}")
-    offsets = {name: options[name] for name in ("offsets",) if name in options}
-    wish = Like(model, like, steps, norm_groups=norm_groups, **offsets)
-    if optimizer is not None and replaced_places(model, wish.target):
-        raise ValueError(
-            "like= gives the time embedding other sinusoids, which the optimizer's state can't follow: leave optimizer "
-            "out and make a new one"
-        )
-    return wish
