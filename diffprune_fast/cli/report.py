@@ -37,7 +37,7 @@ def report(
         check_out(out, None, force)
         found = [_evaluation(folder) for folder in evaluations]
         figures = _samples(evaluations, found) | _curves(found, trained) | _pruning(pruned, dense)
-        final = trained or pruned
+        made = [_command_of(folder) for folder in (pruned, trained) if folder is not None]
         out.parent.mkdir(parents=True, exist_ok=True)
         write_report(
             out,
@@ -46,7 +46,7 @@ def report(
             title=title,
             seeds=max(figure["n"] for x in found for figure in x["figures"].values()),
             notes={**_facts(pruned), "machine of the figures": _machine(found[0]["run"])},
-            code=_code(final, [*_commands(final), *(x["run"]["command"] for x in found), ran.command]),
+            code=_code(trained or pruned, [*made, *(x["run"]["command"] for x in found), ran.command]),
         )
         say(f"saved: {out}")
 
@@ -121,9 +121,8 @@ def _pruning(pruned: Path | None, dense: Path | None) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     manifest = read_manifest(pruned)
     if dense is not None:
-        plan = next(
-            (p for u in ("auto", "dims", "heads") if (p := traced(dense, None, u)).hash == manifest["plan"]), None
-        )  # type: ignore[arg-type]
+        plans = (traced(dense, None, units) for units in ("auto", "dims", "heads"))
+        plan = next((plan for plan in plans if plan.hash == manifest["plan"]), None)
         if plan is not None:
             text = "Channels that must be removed together form a group; each bar is one, and how much of it stays."
             figures["Kept channels"] = (kept_channels(plan, manifest["keep"]), text)
@@ -150,8 +149,8 @@ def _run_of(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _commands(final: Path | None) -> list[str]:
-    return [] if final is None else [_run_of(final).get("command", "")]
+def _command_of(folder: Path) -> str:
+    return str(_run_of(folder).get("command", ""))
 
 
 def _machine(run: dict[str, Any]) -> str:

@@ -66,6 +66,8 @@ def run(
                 continue
             if not (same and stage.goes_on):
                 _removed(stage.out)
+            if stage.name == "evaluate dense":
+                _removed(folder / REFERENCE)  # it may be of other images or another extractor
             fresh = same  # after something that was asked for anew, everything is done anew
             _note(folder, known, stage, done=False)
             say(f"{i} of {len(stages)}, {stage.name}: {stage.line}")

@@ -48,7 +48,7 @@ def scheduler_class(name: str) -> Any:
         if isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin):
             return found
     known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax"))
-    near = difflib.get_close_matches(name, known, 3, cutoff=0.3)
+    near = [n for n in known if name.lower() in n.lower()][:4] or difflib.get_close_matches(name, known, 3, cutoff=0.3)
     raise ValueError(f"{name!r} is no scheduler of diffusers: did you mean {' or '.join(near) or known[0]}?")
 
 
