@@ -29,6 +29,9 @@ BlockMethod = Literal["first-order", "loss"]
 CompensationMode = Literal["auto", "full", "channels"]
 # Recovery: what a step minimises, see `finetune`.
 RecoveryLoss = Literal["noise", "distillation", "mixed", "features", "second-order"]
+# Sampling: how DDIM's timesteps are spaced, see `sample`.
+Spacing = Literal["uniform", "quadratic"]
+Precision = Literal["no", "bf16", "fp16"]
 
 
 def check_choice(name: str, value: object, alias: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import shutil
 import time
@@ -141,14 +142,12 @@ class Ran:
 
     def about(self, **more: Any) -> dict[str, Any]:
         """The command, versions, machine and seconds, as plain JSON values."""
-        import platform
-
         import torch
 
         from ..checkpoint.manifest import versions
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        machine = {"system": platform.system(), "cpu": platform.processor() or platform.machine(), "gpu": gpu}
+        machine = {"system": platform.system(), "cpu": _cpu() or platform.machine(), "gpu": gpu}
         return {
             "command": self.command,
             "versions": {**versions(), "python": platform.python_version()},
@@ -159,6 +158,15 @@ class Ran:
 
     def write(self, folder: Path, **more: Any) -> None:
         write_json(folder / RUN, self.about(**more))
+
+
+def _cpu() -> str:
+    """The processor's name, where the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ def trace(
 ) -> None:
     """Print which channels of a model go together, and which stay and why."""
     with errors_in_one_line():
-        plan = _traced(model_dir, component, units)
+        plan = traced(model_dir, component, units)
         if json_file is not None:
             json_file.write_text(plan.to_json(), encoding="utf-8")
         typer.echo(str(plan))
@@ -125,7 +125,7 @@ def prune(
             raise ValueError("--dry-run: with --like the sizes are those of the config")
         if dry_run:
             how = {"norm_groups": norm_groups, "round_to": round_to, "ignore": ignore or (), "ranking": ranking}
-            return say(_rehearsed(_traced(model_dir, component, units), {**budget, **how}, compensate, device))
+            return say(rehearsed(traced(model_dir, component, units), {**budget, **how}, compensate, device))
         trained_with = scheduler_of(model_dir, scheduler)
         model = load(model_dir).to(device_of(device))
         result = score_and_prune(
@@ -164,7 +164,7 @@ def prune(
         say(f"saved:  {out} (load it with {_way_toload(result, out)}({str(out)!r}))")
 
 
-def _rehearsed(plan: Plan, selecting: dict[str, Any], mode: CompensationMode, device: str | None) -> str:
+def rehearsed(plan: Plan, selecting: dict[str, Any], mode: CompensationMode, device: str | None) -> str:
     """What a budget leaves, by scores that mean nothing, and what compensation would take."""
     from ..compensation.estimates import estimate
     from ..scoring.scores import rehearsed_scores
@@ -175,7 +175,7 @@ def _rehearsed(plan: Plan, selecting: dict[str, Any], mode: CompensationMode, de
     return f"{left}\n{estimate(plan, chosen.keep, mode=mode, device=device_of(device))}"
 
 
-def _traced(model_dir: Path, component: str | None, units: Units) -> Plan:
+def traced(model_dir: Path, component: str | None, units: Units) -> Plan:
     """The plan of a model, which is built without its weights unless its pipeline has to say what it is called with."""
     from ..architectures.inputs import knows_inputs
     from ..tracing.trace import trace as trace_model
