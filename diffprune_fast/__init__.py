@@ -18,9 +18,11 @@ _PUBLIC = {
     "score_blocks": "depth",
     "drop_blocks": "depth",
     "PruneResult": "result",
+    "finetune": "recovery",
     "score_and_prune": "method",
     "from_pretrained": "checkpoint",
     "pipeline_from_pretrained": "pipelines",
+    "CheckpointError": "checkpoint",
     "ops": "ops",
 }
 
@@ -41,6 +43,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from .checkpoint.errors import CheckpointError as CheckpointError
     from .checkpoint.loading import from_pretrained as from_pretrained
     from .compensation.compensate import compensate as compensate
     from .depth.drop_blocks import drop_blocks as drop_blocks
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from .method import score_and_prune as score_and_prune
     from .pipelines.loading import pipeline_from_pretrained as pipeline_from_pretrained
     from .plan.plan import Plan as Plan
+    from .recovery.finetune import finetune as finetune
     from .result import PruneResult as PruneResult
     from .scoring.score import score as score
     from .scoring.scores import Scores as Scores

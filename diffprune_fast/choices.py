@@ -18,13 +18,20 @@ VariantName = Literal["paper", "ddpm_exp", "ddpm_prune", "ldm_exp"]
 Autocast = Literal["bf16", "bfloat16"]
 # Selection, see `select`.
 RankingName = Literal["local", "global"]
-Allocation = Literal["gauss-newton", "mean"]
+Allocation = Literal["gauss-newton", "measured", "mean"]
 Rounding = Literal["reference"]
 Offsets = Literal["independent", "same"]
+# What the widths of a result have to be: any, or those of a config of its class.
+Layouts = Literal["free", "config"]
 # Depth: how a block's worth is found, see `score_blocks`.
 BlockMethod = Literal["first-order", "loss"]
 # Compensation: what the layers are solved for, see `compensate`.
 CompensationMode = Literal["auto", "full", "channels"]
+# Recovery: what a step minimises, see `finetune`.
+RecoveryLoss = Literal["noise", "distillation", "mixed", "features", "second-order"]
+# Sampling: how DDIM's timesteps are spaced, see `sample`.
+Spacing = Literal["uniform", "quadratic"]
+Precision = Literal["no", "bf16", "fp16"]
 
 
 def check_choice(name: str, value: object, alias: Any) -> None:

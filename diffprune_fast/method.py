@@ -15,13 +15,15 @@ from torch import nn
 
 from . import compensation
 from .architectures.inputs import knows_inputs
-from .choices import CompensationMode, NormGroups, Units
+from .choices import CompensationMode, Layouts, NormGroups, Units
 from .depth.shallower import Budget, shallower
 from .objective.batches import replayed
 from .objective.calls import first_call
 from .ops.slice_channels import Step
 from .pipelines.encoding import example_call
 from .pipelines.target import Target, are_prompts, find_target, own_loader
+from .plain.wish import Wish
+from .plain.wishes import wish_for
 from .plan.keep_sets import sliced_shapes
 from .plan.plan import Keep, Plan
 from .pruned.record import record_of
@@ -30,9 +32,10 @@ from .rotation.rotate import rotate_heads
 from .scoring.criteria import CRITERIA
 from .scoring.options import ScoreOptions
 from .scoring.score import score
-from .scoring.scores import rehearsed_scores
+from .scoring.scores import Scores, rehearsed_scores
 from .selection.options import SelectOptions
 from .selection.select import select
+from .sensitivity.measure import measure_sensitivities
 from .slicing.commit import Change, undo
 from .slicing.optimizers import check_optimizer
 from .slicing.prune import dry_run, prepared, prune
@@ -54,6 +57,8 @@ def score_and_prune(
     ratio: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    like: Any = None,
+    layout: Layouts = "free",
     units: Units = "auto",
     norm_groups: NormGroups = "count",
     inplace: bool = True,
@@ -80,7 +85,11 @@ def score_and_prune(
             model that makes images of noise or of classes; then it makes 512 images itself, and the result says so.
             None costs nothing where the criterion needs no data ("magnitude", "random").
         component: the name of that component; None is the denoiser.
-        ratio, params, macs: the budget, one of them; nothing is ``ratio=0.3``.
+        ratio, params, macs: the budget, one of them or params and macs both; nothing is ``ratio=0.3``.
+        like: in place of a budget a smaller config of the model's class: some of its keys, a whole one, or the path of
+            one. Every width becomes that config's, and the result is a plain model of the class; see
+            :mod:`~diffprune_fast.plain`.
+        layout: ``"config"``: the best widths under the budget that a config of the class has; such a plain model again.
         units: whether dims or whole heads of attentions go, see :func:`trace`.
         norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
         inplace: False leaves the model alone and prunes a copy.
@@ -126,7 +135,8 @@ def score_and_prune(
         raise ValueError("drop_blocks changes what goes together: leave out plan, it is traced without the blocks")
     progress = scoring.get("progress", True)
     own = None
-    if are_prompts(loader) or (loader is None and _needs_data(scoring, compensate)):
+    tries = selecting.get("allocation") == "measured"
+    if are_prompts(loader) or (loader is None and _needs_data(scoring, tries or compensate not in (False, "auto"))):
         loader = own = own_loader(model, loader, scheduler=scoring.get("scheduler"), seed=seed, progress=progress)
     target = find_target(model, component, loader, options)
     check_optimizer(target.model, optimizer, inplace)
@@ -153,11 +163,22 @@ def score_and_prune(
         dense, budget, inplace = shallow.model, shallow.budget, inplace or shallow.is_copy
         laps.end("blocks" if drop_blocks is not None else None)
 
-        plan = plan or trace(dense, example_inputs, units=units)
+        wish = wish_for(
+            dense,
+            like=like,
+            layout=layout,
+            budget=budget,
+            norm_groups=norm_groups,
+            steps=_steps(target),
+            optimizer=optimizer,
+            options=selecting,
+        )
+        plan = plan or trace(dense, example_inputs, units=wish.units(units))
         laps.end("trace")
 
-        rehearsal = select(plan, rehearsed_scores(plan), **budget, norm_groups=norm_groups, **selecting)
+        rehearsal = wish.select(plan, rehearsed_scores(plan))
         sliced = dry_run(dense, plan, rehearsal.keep, norm_groups=norm_groups, example_inputs=example_inputs)
+        wish.check(dense, sliced)
         check_optimizer(dense, optimizer, inplace, {name for name, _ in sliced.kept})
         laps.end("rehearse")
 
@@ -166,11 +187,15 @@ def score_and_prune(
             back.insert(0, (rotation := rotate_heads(dense, plan, loader, **training)).undo)
             laps.end("rotate")
 
-        scoring.setdefault("damage", rehearsal.allocation == "gauss-newton")  # nobody else would look at it
+        # nobody else would look at it
+        scoring.setdefault("damage", rehearsal.allocation in ("gauss-newton", "measured"))
         scores = score(dense, loader, plan, seed=seed, **scoring)
         laps.end("score")
+        if tries:
+            scores = _tried(dense, loader, plan, scores, seed, norm_groups, scoring, selecting)
+            laps.end("measure")
 
-        selection = select(plan, scores, **budget, norm_groups=norm_groups, **selecting)
+        selection = wish.select(plan, scores)
         laps.end("select")
 
         change = _change(
@@ -178,6 +203,7 @@ def score_and_prune(
             plan,
             selection.keep,
             None if compensate is False else loader,
+            wish=wish,
             inplace=inplace,
             optimizer=optimizer,
             slicing={"norm_groups": norm_groups, "example_inputs": example_inputs, "backend": backend},
@@ -212,6 +238,7 @@ def _change(
     keep: Keep,
     loader: Iterable[Any] | None,
     *,
+    wish: Wish,
     inplace: bool,
     optimizer: torch.optim.Optimizer | None,
     slicing: Mapping[str, Any],
@@ -219,26 +246,52 @@ def _change(
 ) -> Change:
     """What slices and, with a loader, compensates: solved on a copy, whose weights the model then takes over."""
     norm_groups, backend = slicing["norm_groups"], slicing["backend"]
-    if loader is None:
+    if loader is None and wish.is_of_widths:
         began = time.perf_counter()
         sliced = dry_run(dense, plan, keep, norm_groups=norm_groups, example_inputs=slicing["example_inputs"])
         seconds = {"verify": time.perf_counter() - began}
         model = dense if inplace else copy.deepcopy(dense)
         return prepared(model, plan, sliced, norm_groups, optimizer, backend, seconds=seconds)
-    trial = prune(dense, plan, keep, inplace=False, **slicing)
+    trial = wish.fulfil(prune(dense, plan, keep, inplace=False, **slicing))
     sliced = sliced_shapes(dense, plan, keep)
-    found = compensation.compensate(trial.model, dense, loader, kept=sliced.kept, **solving)
-    seconds = {**trial.seconds, "compensate": found.seconds}
+    found, seconds = None, trial.seconds
+    if loader is not None:
+        found = compensation.compensate(trial.model, dense, loader, kept=sliced.kept, **solving)
+        seconds = {**seconds, "compensate": found.seconds}
     if not inplace:
         return Change(replace(trial, compensation=found, seconds=seconds), (), record_of(trial.model))
     solved = {name: p.data for name, p in trial.model.named_parameters()}
     change = prepared(dense, plan, sliced, norm_groups, optimizer, backend, solved=solved, seconds=seconds)
-    return change.and_then((), compensation=found)
+    further = wish.finishing(dense, trial.model, sliced)
+    return change.and_then(further, compensation=found, after=trial.after, shapes=trial.shapes)
 
 
-def _needs_data(scoring: Mapping[str, Any], compensate: CompensationMode | bool) -> bool:
-    """Whether without a loader the model has to make images itself: a loss of one's own needs one's own batches."""
-    asked = compensate not in (False, "auto")
+def _steps(target: Target) -> int:
+    """How many timesteps the model was trained with."""
+    return int(getattr(getattr(target.scheduler, "config", None), "num_train_timesteps", None) or 1000)
+
+
+def _tried(
+    dense: nn.Module,
+    loader: Iterable[Any] | None,
+    plan: Plan,
+    scores: Scores,
+    seed: int,
+    norm_groups: NormGroups,
+    scoring: Mapping[str, Any],
+    selecting: Mapping[str, Any],
+) -> Scores:
+    """The scores with what every cluster costs when it is pruned alone."""
+    known = _keywords(measure_sensitivities)
+    options = {name: value for name, value in {**scoring, **selecting}.items() if name in known}
+    return measure_sensitivities(dense, loader, plan, scores, seed=seed, norm_groups=norm_groups, **options)
+
+
+def _needs_data(scoring: Mapping[str, Any], asked: bool) -> bool:
+    """Whether without a loader the model has to make images itself: a loss of one's own needs one's own batches.
+
+    asked: for something that needs them, whatever the criterion.
+    """
     rule = CRITERIA.get(scoring.get("criterion", "diff-pruning"))
     return scoring.get("loss_fn") is None and (asked or (rule is not None and rule.needs_data))
 
@@ -274,7 +327,7 @@ def _by_stage(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         if name not in of_score | of_select:
             near = difflib.get_close_matches(name, known, 1)
             hint = f": did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"unknown option {name!r}{hint} (budgets are ratio, params and macs)")
+            raise TypeError(f"unknown option {name!r}{hint} (budgets are ratio, params, macs and like)")
     return (
         {n: v for n, v in options.items() if n in of_score},
         {n: v for n, v in options.items() if n in of_select},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,10 @@ from .compensation.compensate import Compensation
 from .objective.isolation import unwrapped
 from .plan.plan import Complexity, Plan, unreached
 from .pruned.record import attach_record, is_settable, record_of
+from .report.card import facts_of, write_card
+from .report.figures import kept_channels, loss_curve
+from .report.page import write_report
+from .report.table import Measured
 from .rotation.rotate import Rotation
 from .scoring.scores import BlockScores, Scores
 from .selection.select import Selection
@@ -66,7 +72,9 @@ class PruneResult:
         without memory or with state that isn't tensors; OSError from the disk.
         """
         if self.pipeline is None:
-            return save(self.model, directory)
+            save(self.model, directory)
+            write_card(directory)
+            return
         assert self.component is not None
         held = self.pipeline.components.get(self.component)
         if held is None or unwrapped(held) is not self.model:
@@ -75,6 +83,55 @@ class PruneResult:
                 "there is with the pipeline's own save_pretrained"
             )
         self.pipeline.save_pretrained(directory)
+        write_card(directory)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Save into a repository of the Hugging Face hub, which is made if need be; gives the commit's address.
+
+        Raises what :meth:`save_pretrained` raises, and the hub's errors.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="A pruned model"))
+
+    def report(self, path: str | os.PathLike[str], *, title: str = "") -> Path:
+        """Write a page of what is known without further measuring: budget, losses before and after compensation, what
+        stayed of every group, which timesteps count. The numbers are beside it as JSON and CSV; gives the path.
+
+        Raises ModuleNotFoundError without matplotlib and jinja2 (``pip install 'diffprune-fast[report]'``).
+        """
+        solved = self.compensation if self.compensation is not None and self.compensation.layers else None
+        losses = [] if solved is None else [("sliced", solved.sliced), ("compensated", solved.compensated)]
+        name = type(self.model).__name__
+        rows = [
+            Measured("original", *self._cost(self.before), stages={"": {"loss": solved.dense}} if solved else {}),
+            Measured("pruned", *self._cost(self.after), stages={stage: {"loss": loss} for stage, loss in losses}),
+        ]
+        figures = {"Kept channels": (kept_channels(self.plan, self.keep), "Each bar is a group, and what stays of it.")}
+        if self.scores is not None and self.scores.curve is not None:
+            about = "Channels are scored at the timesteps whose loss is above the threshold."
+            figures["Which timesteps count"] = (loss_curve(self.scores.curve), about)
+        return write_report(Path(path), rows, figures, title=title or f"{name}, pruned", result=self)
+
+    @staticmethod
+    def _cost(of: Complexity) -> tuple[int, int]:
+        return of.params, of.macs
+
+    def facts(self) -> dict[str, str]:
+        """How it came to be, as lines of a table."""
+        facts = facts_of(noted(self))
+        if self.selection is not None:
+            facts["allocation"] = self.selection.allocation
+        facts["norm groups"] = self.norm_groups
+        if self.compensation is not None:
+            facts["compensation"] = str(self.compensation).splitlines()[0]
+        if self.seconds:
+            facts["time"] = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        return facts
 
     def __repr__(self) -> str:
         """One line; ``str(result)`` has the rest."""
@@ -103,6 +160,7 @@ class PruneResult:
             lines.append(f"heads: {str(self.rotation).splitlines()[0]}")
         if self.compensation is not None:
             lines += str(self.compensation).splitlines()
+        lines += [f"note:   {note}" for note in self.plan.notes]
         if aside := unreached(self.plan):
             first = ", ".join(aside[:3]) + (", …" if len(aside) > 3 else "")
             lines.append(

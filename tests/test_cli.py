@@ -101,13 +101,33 @@ def test_prune_saves_what_it_prints(model_dir, images, tmp_path):
     assert from_pretrained(out).num_parameters() == manifest["after"]["params"]
 
 
+def test_a_config_in_place_of_a_budget_gives_a_plain_model(model_dir, images, tmp_path):
+    common = ("--images", images, "--batch-size", 2, "--max-samples", 32)
+    out, (file, again) = tmp_path / "pruned", (tmp_path / "like.json", tmp_path / "again")
+    like = {"block_out_channels": [12, 24]}
+    result = run("prune", model_dir, *common, "--out", out, "--like", json.dumps(like))
+    assert result.exit_code == 0, result.output
+    assert "like block_out_channels=(12, 24)" in result.stdout
+    assert f"diffusers.UNet2DModel.from_pretrained('{out}')" in result.stdout
+    assert UNet2DModel.from_pretrained(out).config.block_out_channels == [12, 24]
+    file.write_text(json.dumps(like))
+    assert run("prune", model_dir, *common, "--out", again, "--like", file).exit_code == 0
+    assert UNet2DModel.from_pretrained(again).num_parameters() == read_manifest(out)["after"]["params"]
+    wrong = ("prune", model_dir, *common, "--out", tmp_path / "wrong", "--like")
+    assert "--like is not JSON" in one_error(run(*wrong, "{block"))
+    assert "leave out macs=0.5" in one_error(run(*wrong, file, "--macs", 0.5))
+    assert "pruning can't add" in one_error(run(*wrong, '{"block_out_channels": [32, 64]}'))
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_blocks_go_first_where_they_are_named(model_dir, images, tmp_path):
     common = ("--images", images, "--macs", 0.6, "--batch-size", 2, "--max-samples", 32, "--out", tmp_path / "out")
     result = run("prune", model_dir, *common, "--drop-blocks", "mid_block.resnets.1, mid_block.attentions.*")
     assert result.exit_code == 0, result.output
     assert "blocks dropped: mid_block.attentions.0, mid_block.resnets.1" in result.stdout
     assert set(read_manifest(tmp_path / "out")["dropped"]) == {"mid_block.attentions.0", "mid_block.resnets.1"}
-    result = run("prune", model_dir, *common, "--drop-blocks", 1)
+    assert "is there already" in one_error(run("prune", model_dir, *common, "--drop-blocks", 1))
+    result = run("prune", model_dir, *common, "--drop-blocks", 1, "--force")
     assert result.exit_code == 0, result.output
     assert len(read_manifest(tmp_path / "out")["dropped"]) == 1
 
@@ -199,7 +219,7 @@ def test_wrong_folders_are_one_line(model_dir, images, tmp_path):
 
 def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr("diffprune_fast.cli._load", loaded.append)
+    monkeypatch.setattr("diffprune_fast.cli.prune.load", loaded.append)
     (tmp_path / "model").mkdir()
     (tmp_path / "file").write_text("")
     common = ("prune", tmp_path / "model", "--criterion", "random")

@@ -72,7 +72,8 @@ def in_room(room: str, name: str) -> bool:
     module = importlib.import_module(f"diffprune_fast.{room}")
     if room == "plan" and (name in Plan.__dataclass_fields__ or hasattr(Plan, name)):
         return True  # `plan.macs` is of a plan, not of the room
-    return hasattr(module, name) or (ROOT / "diffprune_fast" / room / f"{name}.py").exists()
+    there = ROOT / "diffprune_fast" / room / name
+    return hasattr(module, name) or there.is_dir() or there.with_suffix(".py").exists()
 
 
 def signatures() -> dict[str, str]:

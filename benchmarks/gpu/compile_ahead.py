@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/compile_ahead.py [--quick] [--json FILE] [--ptx DIR]
 
-Prints registers, shared memory and spills per variant and target. Exits with 1 if a variant spills, or has no
-16-byte loads where weights and gradients lie in the same memory order.
+Prints registers, shared memory and spills per variant and target. Exits with 1 if a variant spills, has no 16-byte
+loads where weights and gradients lie in the same memory order, or zeroes gradients with no barrier behind their loads.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def compile_one(task: tuple[dict[str, Any], tuple[str, Any, int], str | None]) -
     variant, target, keep = task
     what, options = source(variant)
     compiled = triton.compile(what, target=GPUTarget(*target), options=options)
-    figures = {"shared": compiled.metadata.shared}
+    figures = {"shared": compiled.metadata.shared} | zero_stores(compiled.asm["ttgir"])
     if target[0] == "cuda":
         figures |= ptxas_figures(compiled.asm["cubin"])
         text = compiled.asm["ptx"]
@@ -116,6 +116,27 @@ def compile_one(task: tuple[dict[str, Any], tuple[str, Any, int], str | None]) -
         label = "-".join(str(v) for v in variant.values())
         (Path(keep) / f"{label}-{target[1]}.s").write_text(text)
     return {"variant": variant, "target": f"{target[0]}:{target[1]}", **figures}
+
+
+def zero_stores(ttgir: str) -> dict[str, int]:
+    """Stores of blocks of zeros in Triton's GPU code, and how many of them have no barrier behind the last load.
+
+    Loads and stores are laid out over a program's threads each on its own: without a barrier one thread zeroes what
+    another has yet to read. Neither the interpreter nor compute-sanitizer sees that.
+    """
+    block = r"tensor<\d+x\d+x"
+    zeros = set(re.findall(rf"(%[\w#]+) = arith\.constant dense<0(?:\.0*e\+00)?> : {block}", ttgir))
+    stores = unordered = 0
+    loaded = False
+    for line in ttgir.splitlines():
+        if re.search(r"= \w+\.(?:buffer_)?load\b", line) and re.search(block, line):
+            loaded = True
+        elif re.search(r"^\s*(?:gpu|ttg)\.barrier\b", line):
+            loaded = False
+        elif (stored := re.search(r"^\s*\w+\.(?:buffer_)?store [^,]+, (%[\w#]+)", line)) and stored[1] in zeros:
+            stores += 1
+            unordered += loaded
+    return {"zero_stores": stores, "unordered_zeros": unordered}
 
 
 def ptxas_figures(cubin: bytes) -> dict[str, int]:
@@ -151,7 +172,9 @@ def problem(row: dict[str, Any]) -> str | None:
         return f"spills {row['spills']} bytes"
     if row["variant"].get("same_order") and not row["vector_loads"]:
         return "has no 16-byte loads"
-    return None
+    if row["variant"].get("zero_grad") and not row["zero_stores"]:
+        return "shows no store of zeros: has Triton's code changed?"
+    return "zeroes gradients without a barrier behind their loads" if row["unordered_zeros"] else None
 
 
 def main() -> int:

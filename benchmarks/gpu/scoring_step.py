@@ -84,7 +84,8 @@ class ScoringStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.both()
-        return lambda _: graph.replay()
+        # the graph reads this step's model, tables and pinned addresses: they live as long as it can be replayed
+        return lambda _, keep=self: graph.replay()
 
 
 def measure(step: Step, model: nn.Module, size: int, name: str) -> None:

@@ -21,7 +21,7 @@ from diffprune_fast.kernels import channel_scores as module
 from diffprune_fast.kernels import score_tables
 
 WARPS = (4, 8)
-PROGRAMS = (4, 8, 16, 32, 64)
+PROGRAMS = (4, 8, 16, 32, 64, 128)
 BLOCKS = {
     torch.float32: ((8, 128), (16, 128), (32, 128), (8, 512), (16, 256)),
     torch.bfloat16: ((4, 256), (8, 256), (16, 256), (4, 1024), (8, 512)),

@@ -192,15 +192,12 @@ def measure_slices(step: Step, model: str, dtype: torch.dtype, copy: float) -> N
 def measure_launch(
     step: Step, model: str, originals: list[Tensor], slices: list[ops.Slice], n_bytes: int, copy: float
 ) -> None:
-    """The kernel alone: tables are on the device, and nothing gives memory back."""
-    given = [t.clone() for t in originals]
-    tables, _ = slice_tables.build(given, slices)
-
-    def setup() -> cuda.Prepared:
-        torch._foreach_copy_(given, originals)
-        return cuda.prepare(tables, step.device)
-
-    times = spread(step.milliseconds(cuda.launch, 10, setup))
+    """The kernel alone, in one launch: tables and targets are there."""
+    tables = slice_tables.build(originals, slices, cuda._cuda.fill_table)
+    prepared, everything = cuda.prepare(tables, step.device), range(len(originals))
+    targets = [cuda.new_memory(t, shape) for t, shape in zip(originals, tables.shapes)]
+    cuda.aim(prepared, everything, targets)
+    times = spread(step.milliseconds(lambda _: cuda.launch(prepared, everything), 10))
     rate = n_bytes / times["ms"] / 1e6
     labels = {"operation": "slice_channels", "model": model, "dtype": str(originals[0].dtype)[6:]}
     step.row(**labels, provider="ours, kernel alone", **times, gb_s=rate, of_copy=rate / copy)

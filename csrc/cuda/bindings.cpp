@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "slice_channels.h"
-#include "slice_index.h"
+#include "slice_table.h"
 
 namespace py = pybind11;
 using namespace diffprune;
@@ -13,9 +13,9 @@ namespace {
 // pybind11 knows a struct's dtype for the whole process and takes it once, however often the module is imported.
 void register_rows() {
   static const bool once = [] {
-    PYBIND11_NUMPY_DTYPE(TiledEntry, address, bytes, log2_element, rows, d0, k0, b, d1, k1, c, keep0, rank0, keep1,
-                         cuts, rows_per_tile, segments, segment_width, scale, scale_kind, scale_period, first_tile,
-                         tiles, straight, reserved);
+    PYBIND11_NUMPY_DTYPE(GatherEntry, source, target, rows, d0, k0, b, source_row, target_row, c, keep0, keep1,
+                         log2_unit, log2_width, rows_per_tile, column_tiles, scale, scale_kind, scale_rows,
+                         scale_columns, first_tile);
     return true;
   }();
   static_cast<void>(once);
@@ -25,18 +25,26 @@ void register_rows() {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of diffprune_fast";
-  m.attr("ABI") = 2;
+  m.attr("ABI") = 3;
   register_rows();
-  m.attr("TILED_ENTRY") = py::dtype::of<TiledEntry>();  // compared with slice_tables.ENTRY by ops/cuda.py
+  m.attr("GATHER_ENTRY") = py::dtype::of<GatherEntry>();  // compared with slice_tables.ENTRY by ops/cuda.py
   py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  // Addresses of NumPy arrays that slice_tables.py has made: rows of int64, one per struct.
+  m.def(
+      "fill_table",
+      [](int64_t tensors, int64_t n, int64_t dims, int64_t keeps, int64_t entries, int64_t tiles) {
+        const auto at = [](int64_t address) { return reinterpret_cast<void*>(static_cast<intptr_t>(address)); };
+        return fill_table(static_cast<GivenTensor*>(at(tensors)), n, static_cast<GivenDim*>(at(dims)),
+                          static_cast<GivenKeep*>(at(keeps)), static_cast<GatherEntry*>(at(entries)),
+                          static_cast<int64_t*>(at(tiles)));
+      },
+      py::arg("tensors"), py::arg("n"), py::arg("dims"), py::arg("keeps"), py::arg("entries"), py::arg("tiles"));
   m.def(
       "slice_channels",
-      [](int64_t entries, int64_t tile_entry, int64_t tiles, int64_t ticket, int64_t read, int64_t frontier, int device,
-         int64_t stream) {
+      [](int64_t entries, int64_t tile_entry, int64_t first, int64_t tiles, int device, int64_t stream) {
         const py::gil_scoped_release release;
-        slice_channels_cuda({entries, tile_entry, tiles, ticket, read, frontier, device, stream});
+        slice_channels_cuda({entries, tile_entry, first, tiles, device, stream});
       },
-      py::arg("entries"), py::arg("tile_entry"), py::arg("tiles"), py::arg("ticket"), py::arg("read"),
-      py::arg("frontier"), py::arg("device"), py::arg("stream"));
-  m.def("slice_channels_blocks", &slice_channels_blocks, py::arg("device"));
+      py::arg("entries"), py::arg("tile_entry"), py::arg("first"), py::arg("tiles"), py::arg("device"),
+      py::arg("stream"));
 }

@@ -42,28 +42,15 @@ T* pointer(int64_t address) {
 
 }  // namespace
 
-int slice_channels_blocks(int device) {
-  const DeviceGuard guard(device);
-  int per_multiprocessor = 0, multiprocessors = 0;
-  DIFFPRUNE_CUDA(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, slice_channels_kernel, kThreads, 0));
-  DIFFPRUNE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return per_multiprocessor * multiprocessors;
-}
-
 void slice_channels_cuda(const SliceLaunch& launch) {
   const DeviceGuard guard(launch.device);
-  const int64_t most = slice_channels_blocks(launch.device);
-  const dim3 blocks(static_cast<unsigned>(launch.tiles < most ? launch.tiles : most));
-  auto* entries = pointer<const TiledEntry>(launch.entries);
+  auto* entries = pointer<const GatherEntry>(launch.entries);
   auto* tile_entry = pointer<const int>(launch.tile_entry);
-  auto tiles = static_cast<uint32_t>(launch.tiles);
-  auto* ticket = pointer<uint32_t>(launch.ticket);
-  auto* read = pointer<int>(launch.read);
-  auto* frontier = pointer<int>(launch.frontier);
-  void* arguments[] = {&entries, &tile_entry, &tiles, &ticket, &read, &frontier};
-  DIFFPRUNE_CUDA(cudaLaunchKernel(reinterpret_cast<const void*>(slice_channels_kernel), blocks, dim3(kThreads),
-                                  arguments, 0, pointer<CUstream_st>(launch.stream)));
+  auto first = static_cast<uint32_t>(launch.first);
+  void* arguments[] = {&entries, &tile_entry, &first};
+  DIFFPRUNE_CUDA(cudaLaunchKernel(reinterpret_cast<const void*>(slice_channels_kernel),
+                                  dim3(static_cast<unsigned>(launch.tiles)), dim3(kThreads), arguments, 0,
+                                  pointer<CUstream_st>(launch.stream)));
 }
 
 }  // namespace diffprune

@@ -1,176 +1,154 @@
-// slice_channels_ in place on the GPU: one launch for a table of tensors, both dims in one pass.
+// slice_channels_ on the GPU: what stays of a table of tensors is gathered into new memory, both dims in one pass.
 //
-// Why no tile overwrites what another one still has to read
-// ---------------------------------------------------------
-// 1. Slicing only moves elements down: in front of any place there are no more elements after slicing than before.
-//    Tiles are numbered in the order of their elements (slice_index.h), so tile j begins to read at or above the place
-//    where it begins to write, and that is at or above the end of what any tile t < j writes. So what tile t writes is
-//    read by tiles j <= t only.
-// 2. A block takes the next tile from an atomic ticket, reads all of it into shared memory, sets read[tile], and only
-//    then waits: until read[j] is set for every tile j <= last_conflict(t) of the same tensor, which are all the tiles
-//    before t that may read what t writes. Then it writes. With 1., nothing unread is ever overwritten.
-// 3. The wait ends, whatever the order in which the hardware runs blocks: tickets are given out in order, so every tile
-//    below a taken one is held by a block that is running. Take the lowest tile that is held and unread. Its block took
-//    it after its last wait ended, so it isn't waiting, and it reads without waiting for anything. So the lowest unread
-//    tile is always read in the end, and all waits are for reads of lower tiles.
-// 4. frontier[entry] = f says that read[j] was seen set for all j < f: whoever waited for tiles up to f - 1 publishes
-//    it, so that later blocks look at the flags above it only. In most of a tensor that leaves none.
-// 5. Memory order: reads of a tile -> __syncthreads -> fence -> release store of read[tile] (or of frontier, by a block
-//    that acquired it) -> acquire load -> __syncthreads -> writes. Reads are ordinary loads, never through the
-//    read-only cache, and tensors are no __restrict__ pointers; the asynchronous ones are waited for before the
-//    barrier.
-//
-// Reading goes by 16 bytes at multiples of 16, so that a tile may also fetch neighbours' bytes that others are writing;
-// those bytes are never used. At a tensor's ends, where 16 bytes would reach beyond it, bytes are read one by one.
-// Source of the idea: Gomez-Luna et al., In-Place Data Sliding Algorithms for Many-Core Architectures (ICPP 2015);
-// there a block waits for its neighbour's flag, here for the tiles that it can hurt.
+// A thread stays in its column, so that the column's place in the source is worked out once for all of its rows; where
+// its rows begin, the block's threads have worked out before, one row each. What is left per unit is a load and a
+// store.
 #pragma once
 
-#include "device.h"
+#include <cstring>
+
 #include "slice_index.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define DIFFPRUNE_PRAGMA(words) _Pragma(#words)
+#define DIFFPRUNE_UNROLL(times) DIFFPRUNE_PRAGMA(unroll times)
+#else
+#define DIFFPRUNE_UNROLL(times)
+#endif
 
 namespace diffprune {
 namespace {
 
-constexpr int kOutBytes = kStageBytes + kVector;  // what is written starts as far from a multiple of 16 as in memory
+#ifdef __CUDACC__
+using Unit16 = uint4;
+template <class T>
+__device__ __forceinline__ T load(const char* p) {
+  return __ldg(reinterpret_cast<const T*>(p));  // the kernel writes nothing that it reads
+}
+template <class T>
+__device__ __forceinline__ void store(char* p, T x) {
+  __builtin_assume(__isGlobal(p));
+  *reinterpret_cast<T*>(p) = x;
+}
+#else
+struct alignas(16) Unit16 {
+  uint64_t x, y;
+};
+template <class T>
+T load(const char* p) {
+  return *reinterpret_cast<const T*>(p);
+}
+template <class T>
+void store(char* p, T x) {
+  *reinterpret_cast<T*>(p) = x;
+}
+#endif
 
-struct Shared {
-  alignas(16) unsigned char stage[kStageBytes];
-  alignas(16) unsigned char out[kOutBytes];
-  int64_t row_begin[kMaxRows];  // first byte of each row that is read
-  alignas(16) TiledEntry entry;
-  int64_t last_conflict;
-  uint32_t ticket;
+// What a unit becomes on its way: nothing else, or its product with its row's factor.
+struct Unscaled {
+  template <class T>
+  DIFFPRUNE_DEVICE T operator()(T x, uint32_t, uint32_t) const {
+    return x;
+  }
 };
 
-// Rows of the tile -> stage, 16 bytes at a time. All of a thread's accesses are under way before it waits for them.
-__device__ __forceinline__ void read_tile(Shared& s, const Tile& t, uint32_t slot) {
-  const TiledEntry& e = s.entry;
-  const int64_t begin = e.address, end = e.address + e.bytes;
-  const uint32_t row_bytes = t.width * static_cast<uint32_t>(e.c) << e.log2_element;
-  const uint32_t per_row = slot / kVector, total = per_row * t.rows;
-  const Divisor by = divisor(per_row);
-#pragma unroll
-  for (int i = 0; i < kStageBytes / kVector / kThreads; ++i) {
-    const uint32_t g = threadIdx.x + i * kThreads;
-    if (g >= total) break;
-    const uint32_t r = quotient(g, by), at = (g - r * per_row) * kVector;
-    const int64_t row = s.row_begin[r], p = row / kVector * kVector + at;
-    if (p >= row + row_bytes) continue;
-    if (p >= begin && p + kVector <= end) {
-      copy_async(s.stage + g * kVector, p);
-    } else {
-      for (int k = 0; k < kVector; ++k)
-        if (p + k >= begin && p + k < end) s.stage[g * kVector + k] = *reinterpret_cast<const unsigned char*>(p + k);
-    }
+template <class To, class From>
+DIFFPRUNE_DEVICE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits of another size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+DIFFPRUNE_DEVICE uint64_t product_f64(uint64_t x, double factor) { return bits<uint64_t>(bits<double>(x) * factor); }
+DIFFPRUNE_DEVICE uint32_t product_f32(uint32_t x, float factor) { return bits<uint32_t>(bits<float>(x) * factor); }
+DIFFPRUNE_DEVICE uint16_t product_f16(uint16_t x, float factor) {
+#ifdef __CUDACC__
+  return bits<uint16_t>(__float2half_rn(__half2float(bits<__half>(x)) * factor));
+#else
+  return bits<uint16_t>(static_cast<_Float16>(static_cast<float>(bits<_Float16>(x)) * factor));
+#endif
+}
+DIFFPRUNE_DEVICE uint16_t product_bf16(uint16_t x, float factor) {
+#ifdef __CUDACC__
+  return bits<uint16_t>(__float2bfloat16_rn(__bfloat162float(bits<__nv_bfloat16>(x)) * factor));
+#else  // finite numbers only
+  const uint32_t wide = product_f32(static_cast<uint32_t>(x) << 16, factor);
+  return static_cast<uint16_t>((wide + 0x7FFF + (wide >> 16 & 1)) >> 16);
+#endif
+}
+
+struct Scaled {
+  const GatherEntry& e;
+  DIFFPRUNE_DEVICE uint32_t place(uint32_t row, uint32_t column) const {
+    return row / static_cast<uint32_t>(e.scale_rows) + column / static_cast<uint32_t>(e.scale_columns);
   }
-  wait_for_copies();
-}
-
-template <class T>
-__device__ __forceinline__ T scaled(T x, const TiledEntry&, int64_t) {
-  return x;
-}
-template <>
-__device__ __forceinline__ uint16_t scaled(uint16_t x, const TiledEntry& e, int64_t dim0) {
-  const float factor = reinterpret_cast<const float*>(e.scale)[dim0];
-  return e.scale_kind == static_cast<int64_t>(ScaleKind::bf16) ? scaled_bf16(x, factor) : scaled_f16(x, factor);
-}
-template <>
-__device__ __forceinline__ uint32_t scaled(uint32_t x, const TiledEntry& e, int64_t dim0) {
-  return scaled_f32(x, reinterpret_cast<const float*>(e.scale)[dim0]);
-}
-template <>
-__device__ __forceinline__ uint64_t scaled(uint64_t x, const TiledEntry& e, int64_t dim0) {
-  return scaled_f64(x, reinterpret_cast<const double*>(e.scale)[dim0]);
-}
-
-// Kept elements, one per thread at a time: stage -> out, where they lie as they will in memory.
-template <class T>
-__device__ __forceinline__ void compact(Shared& s, const Tile& t, uint32_t slot, uint32_t skip) {
-  const TiledEntry& e = s.entry;
-  const uint32_t n = write_count(e, t);
-  if (n == 0) return;
-  const Divisor c = divisor(static_cast<uint32_t>(e.c)), row_length = divisor(t.kept_n * c.value);
-  const int64_t first = write_begin(e, t);
-  for (uint32_t q = threadIdx.x; q < n; q += kThreads) {
-    const Place from = place(e, t, q, row_length, c);
-    const uint32_t offset = static_cast<uint32_t>(s.row_begin[from.row]) % kVector;
-    T x = *reinterpret_cast<const T*>(s.stage + from.row * slot + offset + from.element * sizeof(T));
-    if (e.scale) x = scaled(x, e, (first + q) / e.scale_period);
-    *reinterpret_cast<T*>(s.out + skip + q * sizeof(T)) = x;
+  DIFFPRUNE_DEVICE uint16_t operator()(uint16_t x, uint32_t row, uint32_t column) const {
+    const float factor = reinterpret_cast<const float*>(e.scale)[place(row, column)];
+    return e.scale_kind == static_cast<int64_t>(ScaleKind::bf16) ? product_bf16(x, factor) : product_f16(x, factor);
   }
-}
-
-// Until every tile that may read what this one writes has been read.
-__device__ __forceinline__ void wait_for(const int* read, const int* frontier, int64_t last) {
-  const int64_t done = load_acquire(frontier);
-  for (int64_t j = done / kThreads * kThreads + threadIdx.x; j <= last; j += kThreads)
-    if (j >= done)
-      while (load_acquire(read + j) == 0) pause_thread();
-}
-
-// `bytes` bytes to `target`: 16 at a time, one by one at the edges. `skip`: where they begin in `from`.
-__device__ __forceinline__ void write_tile(int64_t target, uint32_t bytes, const unsigned char* from, uint32_t skip) {
-  const uint32_t granules = (skip + bytes + kVector - 1) / kVector;
-  for (uint32_t g = threadIdx.x; g < granules; g += kThreads) {
-    const int64_t p = target - skip + static_cast<int64_t>(g) * kVector;
-    if (p >= target && p + kVector <= target + bytes) {
-      store16(p, reinterpret_cast<const uint4*>(from)[g]);
-    } else {
-      for (int k = 0; k < kVector; ++k)
-        if (p + k >= target && p + k < target + bytes) *reinterpret_cast<unsigned char*>(p + k) = from[g * kVector + k];
-    }
+  DIFFPRUNE_DEVICE uint32_t operator()(uint32_t x, uint32_t row, uint32_t column) const {
+    return product_f32(x, reinterpret_cast<const float*>(e.scale)[place(row, column)]);
   }
+  DIFFPRUNE_DEVICE uint64_t operator()(uint64_t x, uint32_t row, uint32_t column) const {
+    return product_f64(x, reinterpret_cast<const double*>(e.scale)[place(row, column)]);
+  }
+};
+
+// A thread's share of a tile. begins: where the tile's rows begin in the source. kLoads: loads that are under way
+// before the thread waits for the first.
+template <class T, int kLoads, class Change>
+DIFFPRUNE_DEVICE void gather(const GatherEntry& e, const Tile& t, const int64_t* begins, uint32_t thread,
+                             Change change) {
+  const uint32_t column = t.column + (thread & ((1u << e.log2_width) - 1));
+  if (column >= e.target_row) return;
+  const char* from = reinterpret_cast<const char*>(e.source) + source_column(e, column) * sizeof(T);
+  const int64_t row_bytes = e.target_row * static_cast<int64_t>(sizeof(T));
+  const uint32_t mine = rows_per_thread(e);
+  uint32_t row = (thread >> e.log2_width) * mine;
+  const uint32_t end = row + mine < t.rows ? row + mine : t.rows;
+  char* to = reinterpret_cast<char*>(e.target) + static_cast<int64_t>(t.row + row) * row_bytes + column * sizeof(T);
+  DIFFPRUNE_UNROLL(1)
+  for (; row + kLoads <= end; row += kLoads) {
+    T units[kLoads];
+    DIFFPRUNE_UNROLL(kLoads)
+    for (int i = 0; i < kLoads; ++i) units[i] = load<T>(from + begins[row + i]);
+    DIFFPRUNE_UNROLL(kLoads)
+    for (int i = 0; i < kLoads; ++i, to += row_bytes) store(to, change(units[i], t.row + row + i, column));
+  }
+  DIFFPRUNE_UNROLL(1)
+  for (; row < end; ++row, to += row_bytes) store(to, change(load<T>(from + begins[row]), t.row + row, column));
 }
 
-__global__ void __launch_bounds__(kThreads, 4)
-    slice_channels_kernel(const TiledEntry* entries, const int* tile_entry, uint32_t tiles, uint32_t* ticket, int* read,
-                          int* frontier) {
-  Shared& s = block_memory<Shared>();
-  const uint32_t thread = threadIdx.x;
-  if (thread == 0) s.ticket = atomicAdd(ticket, 1u);
-  for (;;) {
-    __syncthreads();
-    const uint32_t tile = s.ticket;
-    if (tile >= tiles) return;
-    const int which = tile_entry[tile];
-    if (thread < kEntryFields)
-      reinterpret_cast<int64_t*>(&s.entry)[thread] = reinterpret_cast<const int64_t*>(entries + which)[thread];
-    __syncthreads();
-    const TiledEntry& e = s.entry;
-    const uint32_t local = tile - static_cast<uint32_t>(e.first_tile);
-    const Tile t = describe(e, local);
-    const uint32_t slot = slot_bytes(e, t);
-    if (thread < t.rows) s.row_begin[thread] = e.address + (read_begin(e, t, thread) << e.log2_element);
-    __syncthreads();
-    if (t.kept_n) read_tile(s, t, slot);
-    if (thread == kThreads - 1) s.last_conflict = last_conflict(e, local, t);
-    __syncthreads();
-    if (thread == 0) {
-      __threadfence();
-      store_release(read + tile, 1);
-    }
-    const int64_t target = e.address + (write_begin(e, t) << e.log2_element);
-    const uint32_t skip = static_cast<uint32_t>(target) % kVector;
-    if (!e.straight) {
-      if (e.log2_element == 0) compact<uint8_t>(s, t, slot, skip);
-      if (e.log2_element == 1) compact<uint16_t>(s, t, slot, skip);
-      if (e.log2_element == 2) compact<uint32_t>(s, t, slot, skip);
-      if (e.log2_element == 3) compact<uint64_t>(s, t, slot, skip);
-      if (e.log2_element == 4) compact<ulonglong2>(s, t, slot, skip);
-    }
-    const int64_t last = s.last_conflict;
-    wait_for(read + e.first_tile, frontier + which, last);
-    __syncthreads();
-    if (thread == 0) {
-      __threadfence();
-      atomicMax(frontier + which, static_cast<int>(last + 1));
-      s.ticket = atomicAdd(ticket, 1u);
-    }
-    write_tile(target, write_count(e, t) << e.log2_element, e.straight ? s.stage : s.out, skip);
+DIFFPRUNE_DEVICE void gather_tile(const GatherEntry& e, const Tile& t, const int64_t* begins, uint32_t thread) {
+  if (e.scale) {
+    if (e.log2_unit == 1) gather<uint16_t, 1>(e, t, begins, thread, Scaled{e});
+    if (e.log2_unit == 2) gather<uint32_t, 1>(e, t, begins, thread, Scaled{e});
+    if (e.log2_unit == 3) gather<uint64_t, 1>(e, t, begins, thread, Scaled{e});
+    return;
   }
+  if (e.log2_unit == 0) gather<uint8_t, 8>(e, t, begins, thread, Unscaled{});
+  if (e.log2_unit == 1) gather<uint16_t, 8>(e, t, begins, thread, Unscaled{});
+  if (e.log2_unit == 2) gather<uint32_t, 8>(e, t, begins, thread, Unscaled{});
+  if (e.log2_unit == 3) gather<uint64_t, 8>(e, t, begins, thread, Unscaled{});
+  if (e.log2_unit == 4) gather<Unit16, 8>(e, t, begins, thread, Unscaled{});
 }
+
+#ifdef __CUDACC__
+// tile_entry: each tile's entry. first: the tile of block 0.
+__global__ void __launch_bounds__(kThreads)
+    slice_channels_kernel(const GatherEntry* entries, const int* tile_entry, uint32_t first) {
+  __shared__ int64_t begins[kMaxRows];
+  const uint32_t tile = first + blockIdx.x;
+  const GatherEntry e = entries[tile_entry[tile]];
+  const Tile t = describe(e, tile - static_cast<uint32_t>(e.first_tile));
+  if (threadIdx.x < t.rows) begins[threadIdx.x] = row_begin(e, t.row + threadIdx.x);
+  __syncthreads();
+  gather_tile(e, t, begins, threadIdx.x);
+}
+#endif
 
 }  // namespace
 }  // namespace diffprune

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+ExampleInputs = tuple[Any, ...] | dict[str, Any] | list[Call]
 
 
-def calls_of(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> list[Call]:
+def calls_of(model: nn.Module, example_inputs: ExampleInputs | None) -> list[Call]:
     """The calls to trace: the user's inputs to ``forward``, or what the model's class is known to take.
 
     Raises:
@@ -21,7 +22,7 @@ def calls_of(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] 
         if not all(isinstance(call, tuple) and len(call) == 3 and isinstance(call[0], str) for call in example_inputs):
             raise TypeError(
                 "example_inputs is a list: give a tuple of the forward's positional arguments or a dict of its keyword "
-                "arguments"
+                "arguments, or a list of calls, (method, args, kwargs) each"
             )
         return example_inputs  # calls already: of an autoencoder, say, encode and decode
     if isinstance(example_inputs, dict):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .errors import CheckpointError
 from .loading import from_pretrained
-from .manifest import CheckpointError
 from .saving import save
+from .training import PrunedClass
 
-__all__ = ["CheckpointError", "from_pretrained", "save"]
+__all__ = ["CheckpointError", "PrunedClass", "from_pretrained", "save"]

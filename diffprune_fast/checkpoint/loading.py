@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,17 +19,20 @@ from ..pruned.held_tensors import owner_of, tables
 from ..pruned.kept_columns import KeptColumns
 from ..pruned.passthrough import drop_again
 from ..pruned.record import Record, attach_record, from_json, is_settable
+from .building import MOST_MODULES, at_most_modules, check_finite, check_positions, numbers_in
+from .errors import CheckpointError
 from .manifest import (
     BUFFERS,
     CONFIG,
     MANIFEST,
-    CheckpointError,
     _sha256,
-    _weights_file,
     pack_runs,
     read_manifest,
     unpack_runs,
+    weights_file,
 )
+from .reading import check_file, check_harmless, read_json
+from .replacing import place_of
 from .saving import replace_save_pretrained
 
 
@@ -73,12 +76,28 @@ def from_pretrained(
         Linear(in_features=4, out_features=8, bias=True)
     """
     directory = Path(directory)
+    try:
+        shaped = _loaded(directory, model, verify)
+    except CheckpointError:
+        raise
+    except Exception as e:  # a manifest that is well formed and nonsense fails wherever it is first believed
+        raise CheckpointError(f"{directory} can't be loaded ({type(e).__name__}: {e}): save the model again") from e
+    if torch_dtype is not None:
+        shaped.to(torch_dtype)
+    if device is not None:
+        shaped.to(device)
+    replace_save_pretrained(shaped)
+    return shaped.eval()
+
+
+def _loaded(directory: Path, model: nn.Module | None, verify: bool) -> nn.Module:
     if (directory / "model_index.json").exists():
         raise CheckpointError(f"{directory} is a whole pipeline: load it with pipeline_from_pretrained")
     manifest = read_manifest(directory)
-    state = _read_tensors(directory, _weights_file(manifest["dropped"]), manifest, verify)
+    state = _read_tensors(directory, weights_file(manifest), manifest, verify)
     buffers = _read_tensors(directory, BUFFERS, manifest, verify) if BUFFERS in manifest["sha256"] else {}
     _check_names({**state, **buffers}, manifest)
+    check_finite(state.items())
 
     shaped, real = _empty_model(directory, manifest, model)
     if model is not None:
@@ -88,12 +107,7 @@ def from_pretrained(
     _load(shaped, state, buffers, manifest["tied"])
     _attach_tables(shaped, manifest["tables"])
     _fill_tensor_attributes(shaped, real)
-    if torch_dtype is not None:
-        shaped.to(torch_dtype)
-    if device is not None:
-        shaped.to(device)
-    replace_save_pretrained(shaped)
-    return shaped.eval()
+    return shaped
 
 
 # What a manifest says about the files beside it, not about how the model was pruned.
@@ -108,6 +122,7 @@ _OF_THE_FILES = (
     "tables",
     "unpruned",
     "sha256",
+    "checksum",
 )
 
 
@@ -119,8 +134,9 @@ def _record(manifest: Mapping[str, Any]) -> Record:
 
 
 def _read_tensors(directory: Path, name: str, manifest: Mapping[str, Any], verify: bool) -> dict[str, torch.Tensor]:
-    path = directory / name
+    path = place_of(directory, name)
     try:
+        check_file(path, directory)
         with safe_open(path, framework="pt") as f:
             tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError:
@@ -161,23 +177,42 @@ def _empty_model(
         if type(model).__name__ != name:
             raise CheckpointError(f"{directory} holds a {name}, the given model is a {type(model).__name__}")
         return copy.deepcopy(model, {id(t): _without_memory(t) for t in [*model.parameters(), *model.buffers()]}), None
+    path = place_of(directory, CONFIG)
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(path, directory)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{directory / CONFIG} is missing: pass model=, an unpruned {name}, for a class outside diffusers"
+            f"{path} is missing: pass model=, an unpruned {name}, for a class outside diffusers"
         ) from None
-    except (ValueError, OSError) as e:
-        raise CheckpointError(f"{directory / CONFIG} can't be read ({e}): save the model again") from e
     if not isinstance(config, dict) or config.get("_class_name") != name:
-        raise CheckpointError(f"{directory / CONFIG} is not the config of a {name}, which {MANIFEST} names")
+        raise CheckpointError(f"{path} is not the config of a {name}, which {MANIFEST} names")
+    if manifest["format"] > 1 and manifest["sha256"].get(CONFIG) != _sha256(path):
+        raise CheckpointError(
+            f"{path} is not the file that {MANIFEST} was saved with (its SHA-256 differs): save the model again"
+        )
+    check_harmless(config, path)
+    check_positions(config)
     cls = diffusers_class(name)
+    most = 16 * len(manifest["unpruned"]["shapes"]) + MOST_MODULES // 100
     try:
-        empty = build_on_meta(cls, config)
-        has_tensors = any(isinstance(v, torch.Tensor) for m in empty.modules() for v in vars(m).values())
-        return empty, cls.from_config(config) if has_tensors else None  # type: ignore[attr-defined]
+        with at_most_modules(most):
+            empty = build_on_meta(cls, config)
+            has_tensors = any(isinstance(v, torch.Tensor) for m in empty.modules() for v in vars(m).values())
+            if has_tensors and numbers_in(empty) > MOST_TIMES_LARGER * _numbers(manifest):
+                raise CheckpointError(f"{path} describes a model far larger than its weights: it is damaged")
+            return empty, cls.from_config(config) if has_tensors else None  # type: ignore[attr-defined]
+    except CheckpointError:
+        raise
     except Exception as e:  # whatever the class makes of a config that isn't its own
-        raise CheckpointError(f"{name} can't be built from {directory / CONFIG}: {type(e).__name__}: {e}") from e
+        raise CheckpointError(f"{name} can't be built from {path}: {type(e).__name__}: {e}") from e
+
+
+# A model whose every width was halved is four times smaller.
+MOST_TIMES_LARGER = 10_000
+
+
+def _numbers(manifest: Mapping[str, Any]) -> int:
+    return sum(math.prod(shape) for shape in manifest["shapes"].values())
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -285,7 +320,7 @@ def _fill_tensor_attributes(model: nn.Module, real: nn.Module | None) -> None:
 
 
 def apply_shapes(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, int | tuple[int, ...]]
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, int | float | tuple[int, ...]]
 ) -> None:
     """Give a model on the meta device the shapes and attributes of a pruned one, for loading its weights.
 

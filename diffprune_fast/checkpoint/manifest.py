@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,14 @@ import numpy as np
 import torch
 
 from .. import __version__
+from .errors import CheckpointError
+from .reading import read_json
+from .replacing import place_of
 
-FORMAT = 1
+_log = logging.getLogger(__name__)
+
+# 2 has checksums of the manifest itself and of config.json; what 1 lacks is only that.
+FORMAT = 2
 
 
 MANIFEST = "diffprune.json"
@@ -24,29 +31,19 @@ MANIFEST = "diffprune.json"
 MOST_UNITS = 1 << 24
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, incomplete or inconsistent; the message says which file and what to do."""
-
-
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The checked contents of ``diffprune.json``, with ``keep`` as index arrays.
 
     Raises CheckpointError where it is missing, isn't JSON, or lacks what it must have.
     """
-    path = Path(directory) / MANIFEST
+    path = place_of(Path(directory), MANIFEST)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, Path(directory))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing: {Path(directory)} is not a pruned model, or its saving broke off; save it again"
         ) from None
-    except (ValueError, OSError) as e:
-        raise CheckpointError(f"{path} can't be read ({e}): save the model again") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(
-            f"{path} has format {found!r}, this version reads {FORMAT}: use the version that saved it"
-        )
+    _check_format(manifest, path)
     for name, kind in _FIELDS.items():
         if not isinstance(manifest.get(name), kind):
             raise CheckpointError(f"{path}: {name!r} is missing or not a {kind.__name__}; save the model again")
@@ -58,10 +55,49 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     manifest["shapes"] = {n: tuple(s) for n, s in manifest["shapes"].items()}
     try:
         widest = max((max(s, default=1) for s in manifest["shapes"].values()), default=0)
-        manifest["keep"] = {n: unpack_runs(r, widest) for n, r in manifest["keep"].items()}
+        manifest["keep"] = _unpacked(manifest["keep"], widest)
     except (ValueError, TypeError, OverflowError) as e:
         raise CheckpointError(f"{path}: the keep-sets can't be read ({e})") from e
     return manifest
+
+
+def _check_format(manifest: Any, path: Path) -> None:
+    """Raise CheckpointError for another format, and for a manifest that is not as it was written."""
+    found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found!r}, this version reads 1 to {FORMAT}: use the version that saved it"
+        )
+    if found == 1:
+        _log.warning("%s was saved without checksums of itself and of %s: save the model again", path, CONFIG)
+    elif manifest.get("checksum") != checksum_of(manifest):
+        raise CheckpointError(
+            f"{path} is not as it was written (its checksum differs): copy it or save the model again"
+        )
+
+
+def checksum_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest as JSON, whatever its layout, without its own entry."""
+    rest = {k: v for k, v in manifest.items() if k != "checksum"}
+    try:
+        return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    except RecursionError:
+        raise CheckpointError("the manifest is nested too deep: copy it or save the model again") from None
+
+
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with its checksum."""
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
+    return {**manifest, "checksum": checksum_of(manifest)}
+
+
+def _unpacked(keep: Mapping[str, Any], widest: int) -> dict[str, np.ndarray]:
+    """Index arrays of all keep-sets, together no larger than a model can be."""
+    left, arrays = MOST_UNITS, {}
+    for name, runs in keep.items():
+        arrays[name] = unpack_runs(runs, min(widest, left))
+        left -= len(arrays[name])
+    return arrays
 
 
 _FIELDS = {
@@ -112,9 +148,14 @@ def versions() -> dict[str, str]:
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-# The weights of a model with blocks dropped in place. Under its own name diffusers would load them, into a model that
-# has the blocks, and leave those blocks' weights at random.
-SHALLOW_WEIGHTS = "diffprune_model.safetensors"
+# The weights of a model that no config describes. Under its own name diffusers would look for them, build the model of
+# the config, and offer to ignore the shapes that differ.
+PRUNED_WEIGHTS = "diffprune_model.safetensors"
+
+
+# What diffusers reads before it looks for weights. Where they have the name above it says that they lie in a file whose
+# name is the advice: that is what its error then tells.
+SIGNPOST = f"{WEIGHTS}.index.json"
 
 
 BUFFERS = "diffprune_buffers.safetensors"  # buffers that a state dict leaves out, as the pruned model has them
@@ -123,8 +164,11 @@ BUFFERS = "diffprune_buffers.safetensors"  # buffers that a state dict leaves ou
 CONFIG = "config.json"
 
 
-def _weights_file(dropped: Mapping[str, Any]) -> str:
-    return SHALLOW_WEIGHTS if dropped else WEIGHTS
+def weights_file(manifest: Mapping[str, Any]) -> str:
+    """The file that a manifest's weights are in; older versions wrote most of them under diffusers' own name."""
+    if PRUNED_WEIGHTS in manifest["sha256"] or manifest["dropped"]:
+        return PRUNED_WEIGHTS
+    return WEIGHTS
 
 
 def _sha256(path: Path) -> str:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..architectures.configs import _RULES, _widths, build_on_meta, own_config, shapes_of
-from ..architectures.inputs import calls_of
+from ..architectures.inputs import calls_of, knows_inputs
+from ..pruned.kept_columns import kept_columns
 from ..pruned.record import is_settable
 
 # Switches of a running module that no shape follows from.
@@ -49,21 +50,24 @@ def plain_config(model: nn.Module) -> dict[str, Any] | None:
     """The config that builds ``model`` as it is, or None where there is none (or no rule to find it).
 
     The model built from it has the same shapes and settings (heads, norm groups, scales), and with the same weights it
-    gave the same outputs to a small random input.
+    gave the same outputs to a small random input; where no inputs are known for the class, it has the same attributes
+    and tables throughout.
     """
-    rule = _RULES.get(type(model).__name__)
-    if rule is None or not hasattr(model, "config"):
+    if not hasattr(model, "config") or not hasattr(type(model), "from_config") or kept_columns(model):
         return None
     config = own_config(model)
     shapes = shapes_of(model)
-    for updates in rule(model, config, shapes):
+    rule = _RULES.get(type(model).__name__, lambda *_: ())
+    for updates in ({}, *rule(model, config, shapes)):
         try:
             with warnings.catch_warnings():  # not every combination of widths is one that the class can take
                 warnings.simplefilter("ignore")
                 fresh = build_on_meta(type(model), {**config, **updates})
         except (ValueError, TypeError, ZeroDivisionError, RuntimeError, NotImplementedError):
             continue
-        if shapes_of(fresh) == shapes and _same_settings(model, fresh) and _same_outputs(model, fresh):
+        if shapes_of(fresh) != shapes or not _same_settings(model, fresh):
+            continue
+        if _same_outputs(model, fresh) if knows_inputs(model) else _same_parts(model, fresh):
             return {**config, **updates}
     return None
 
@@ -77,12 +81,12 @@ def _same_settings(model: nn.Module, fresh: nn.Module) -> bool:
         processor = getattr(module, "processor", None)
         if type(getattr(other, "processor", None)) is not type(processor):
             return False
-        if _settings(module) != _settings(other):
+        if settings_of(module) != settings_of(other):
             return False
     return True
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def settings_of(module: nn.Module) -> dict[str, Any]:
     """What decides about outputs beside shapes; widths that a class notes down and never reads again may be stale."""
     return {
         name: value
@@ -123,6 +127,17 @@ def _same_outputs(model: nn.Module, fresh: nn.Module) -> bool:
         if not all((a - b).abs().max() <= slack * a.abs().max() for a, b in zip(ours, theirs, strict=True)):
             return False
     return True
+
+
+def _same_parts(model: nn.Module, fresh: nn.Module) -> bool:
+    """Whether nothing that a forward could read differs but the weights, where no inputs are known to try it with."""
+    if changed_attributes(model, fresh):
+        return False
+    named = dict(fresh.named_buffers())
+    unsaved = {name: b for name, b in model.named_buffers() if name not in model.state_dict()}
+    if any(named[name].is_meta for name in unsaved):
+        named = dict(type(model).from_config(fresh.config).named_buffers())  # type: ignore[attr-defined]
+    return all(torch.allclose(b.cpu().float(), named[name].float(), atol=1e-5) for name, b in unsaved.items())
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -1,9 +1,10 @@
 """Saving and loading pruned models: safetensors and JSON, nothing that runs.
 
-A directory holds ``diffusion_pytorch_model.safetensors`` (the weights under diffusers' own name; under another one
-where blocks are missing that a config can't leave out), ``config.json`` (the model's config) and ``diffprune.json``
-(the manifest: shapes, keep-sets, how they came to be). Where a plain config describes the pruned model, ``config.json``
-is that one and the class's own ``from_pretrained`` reads the directory.
+A directory holds the weights, ``config.json`` (the model's config) and ``diffprune.json`` (the manifest: shapes,
+keep-sets, how they came to be). Where a plain config describes the pruned model, ``config.json`` is that one, the
+weights are in ``diffusion_pytorch_model.safetensors`` and the class's own ``from_pretrained`` reads the directory.
+Where none does they are in ``diffprune_model.safetensors``, which other tools don't look for, and a signpost has their
+error name the function that does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,27 +24,32 @@ from ..architectures.configs import build_on_meta, own_config, shapes_of
 from ..pruned.kept_columns import kept_columns
 from ..pruned.passthrough import dropped_blocks
 from ..pruned.record import changed_since, record_of
+from .building import check_finite
+from .errors import ADVICE, CheckpointError
 from .manifest import (
     BUFFERS,
     CONFIG,
     FORMAT,
     MANIFEST,
-    SHALLOW_WEIGHTS,
+    PRUNED_WEIGHTS,
+    SIGNPOST,
     WEIGHTS,
-    CheckpointError,
     _sha256,
-    _weights_file,
     pack_runs,
+    signed,
     versions,
 )
 from .plain_config import changed_attributes, plain_config
+from .replacing import FileSet, replace_files
+
+# diffusers' own loaders read the weights by the config.
+FILES = FileSet(first=MANIFEST, describes=CONFIG, last=(WEIGHTS, PRUNED_WEIGHTS), others=(BUFFERS, SIGNPOST))
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write a pruned model with its record into ``directory``, which is made if need be.
 
-    Everything is written beside it first and moved in at the end, the manifest last: a save that breaks off leaves
-    either the former checkpoint or one that refuses to load.
+    A save that breaks off, at whatever moment, leaves the former checkpoint or the new one.
 
     Args:
         model: a model that was pruned, or had blocks dropped: it carries its record.
@@ -54,7 +59,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         None: :func:`from_pretrained` gives the model back.
 
     Raises:
-        CheckpointError: the model has no memory (``meta``) or state that isn't tensors. OSError: from the disk.
+        CheckpointError: the model has no memory (``meta``), NaN or infinite weights, or state that isn't tensors.
+        OSError: from the disk.
 
     Example:
         >>> import tempfile
@@ -65,7 +71,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     save(model, directory)
         ...     sorted(path.name for path in Path(directory).iterdir())
-        ['diffprune.json', 'diffusion_pytorch_model.safetensors']
+        ['diffprune.json', 'diffprune_model.safetensors']
     """
     _write(model, record_of(model).about, Path(directory))
 
@@ -97,6 +103,7 @@ _AS_IT_IS = (("safe_serialization", True), ("push_to_hub", False), ("use_flashpa
 
 def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None:
     weights, tied = _weights(model)
+    check_finite(model.named_parameters())
     buffers = {n: b.detach().contiguous() for n, b in model.named_buffers() if n not in weights and n not in tied}
     is_diffusers = hasattr(model, "save_config") and hasattr(model, "config")
     dropped = dropped_blocks(model)
@@ -114,29 +121,33 @@ def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None
         "unpruned": _unpruned(model) if plain is None else {"shapes": shapes_of(model), "attributes": {}},
         "attributes": {} if plain is not None else _attributes(model, record.get("attributes", {}), is_diffusers),
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=".diffprune-", dir=directory))
-    try:
-        files = [_weights_file(dropped)]
-        save_file(weights, written / files[0], metadata={"format": "pt"})
-        manifest["sha256"] = {files[0]: _sha256(written / files[0])}
+
+    def write(folder: Path) -> None:
+        save_file(weights, folder / (PRUNED_WEIGHTS if plain is None else WEIGHTS), metadata={"format": "pt"})
         if buffers:
-            save_file(buffers, written / BUFFERS, metadata={"format": "pt"})
-            manifest["sha256"][BUFFERS] = _sha256(written / BUFFERS)
-            files.append(BUFFERS)
+            save_file(buffers, folder / BUFFERS, metadata={"format": "pt"})
         if is_diffusers:
             of_config = build_on_meta(type(model), plain) if plain is not None else model
-            of_config.save_config(written)  # type: ignore[operator]
-            files.append(CONFIG)
-        (written / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        (directory / MANIFEST).unlink(missing_ok=True)
-        for name in [*files, MANIFEST]:
-            shutil.copymode(written / MANIFEST, written / name)  # safetensors makes files that others can't read
-            os.replace(written / name, directory / name)
-        for name in {WEIGHTS, SHALLOW_WEIGHTS, BUFFERS} - {*files}:  # of a former checkpoint
-            (directory / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
+            if plain is not None:  # also what others noted in it: diffusers' moving average keeps its numbers there
+                of_config.register_to_config(**plain)  # type: ignore[operator]
+            of_config.save_config(folder)  # type: ignore[operator]
+            if plain is None:
+                _put_signposts(folder)
+        whole = signed({**manifest, "sha256": {p.name: _sha256(p) for p in sorted(folder.iterdir())}})
+        (folder / MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        for path in folder.iterdir():
+            shutil.copymode(folder / MANIFEST, path)  # safetensors makes files that others can't read
+
+    replace_files(directory, FILES, write)
+
+
+def _put_signposts(written: Path) -> None:
+    """Have config.json say how the model is loaded, and diffusers' ``from_pretrained`` too, in its error."""
+    path = written / CONFIG
+    config = {**json.loads(path.read_text(encoding="utf-8")), "_diffprune_fast": ADVICE}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    index = {"metadata": {"total_size": 0}, "weight_map": {"": ADVICE}}
+    (written / SIGNPOST).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -33,7 +33,8 @@ class Compensation:
     dense, sliced, compensated: the models' loss on samples that nothing was solved from (``measure`` says what the loss
     is). helped: whether it is lower, and so whether the model has the new weights. layers: the layers that were solved.
     alone: layers that lost inputs and keep their weights, with the reason. mode: ``"full"`` or ``"channels"``, why:
-    what decided. samples: how many it took. seconds: how long. bytes: the estimate of the extra memory.
+    what decided. samples: how many it took. seconds: how long. bytes: the estimate of the extra memory, the forward's
+    activations among it.
     """
 
     dense: float
@@ -170,9 +171,9 @@ def _compensated(
     from tqdm.auto import tqdm
 
     with asleep(dense), asleep(pruned):
-        works, forward = measured(dense, pruned, layers, data)
+        works, forward, live = measured(dense, pruned, layers, data)
         device = next(pruned.parameters()).device
-        plan: Estimate = decided(works, mode, *agreed(means_of(device), forward, device))
+        plan: Estimate = decided(works, mode, *agreed(means_of(device), forward, device), live)
         before = {"dense": data.loss(dense), "sliced": data.loss(pruned)}
         for name, value in before.items():
             if not math.isfinite(value):

@@ -42,11 +42,21 @@ class Solver:
 
     def run(self, layers: Sequence[Consumer], calibration: Calibration) -> None:
         """The forward. Its new weights stand in the model's place of them until the stand-ins go."""
+        self._drop_unseen(layers)
         with self._before_each(layers):
             calibration.run(self.pruned)
         for layer in layers:
             if layer.name not in self.solved:
                 self.alone.setdefault(layer.name, "not called")
+
+    def _drop_unseen(self, layers: Sequence[Consumer]) -> None:
+        """Leave alone what the dense model did not call on every rank, as ranks add up the sums of what they solve."""
+        seen = torch.tensor([layer.name in self.targets for layer in layers], dtype=torch.int64)
+        everywhere = summed(seen.to(next(self.pruned.parameters()).device)) == rank_and_count()[1]
+        for layer, known in zip(layers, everywhere.tolist(), strict=True):
+            if not known:
+                self.targets.pop(layer.name, None)
+                self.alone[layer.name] = "not called"
 
     @contextmanager
     def _before_each(self, layers: Sequence[Consumer]) -> Iterator[None]:
@@ -74,20 +84,22 @@ class Solver:
         return look
 
     def _solve(self, layer: Consumer, module: Any, x: Tensor) -> None:
-        target = self.targets.pop(layer.name, None)
+        target = self.targets.pop(layer.name)
+        weight, bias = module.weight, None
         reason = _unsolvable(module, x, target)
-        if reason is not None or target is None:
-            self.alone[layer.name] = reason or "not called by the dense model"
-            return
-        try:
-            if isinstance(module, NORMS):
-                weight, bias = self._refitted(module, x, target)
-            elif target.of_inputs:
-                weight, bias = self._mixed(layer, module, x, target)
-            else:
-                weight, bias = self._regressed(layer, module, x, target)
-        except ArithmeticError as error:
-            self.alone[layer.name] = str(error)
+        if reason is None:
+            try:
+                if isinstance(module, NORMS):
+                    weight, bias = self._refitted(module, x, target)
+                elif target.of_inputs:
+                    weight, bias = self._mixed(layer, module, x, target)
+                else:
+                    weight, bias = self._regressed(layer, module, x, target)
+            except ArithmeticError as error:
+                reason = str(error)
+            reason = _agreed(reason, x.device)
+        if reason is not None:
+            self.alone[layer.name] = reason
             return
         # The layer has stand-ins now; what is put here goes when they go.
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -159,28 +171,30 @@ def _of_dense(layer: Consumer, values: Tensor, like: Tensor, dtype: torch.dtype)
     return values * layer.factor.to(like.device, dtype).view(-1, *[1] * (values.ndim - 1))
 
 
-def _unsolvable(module: Any, x: Tensor, target: Target | None) -> str | None:
-    """Why a layer can't be solved from what was recorded of it."""
-    if target is None:
-        return "not called by the dense model"
+def _unsolvable(module: Any, x: Tensor, target: Target) -> str | None:
+    """Why a layer can't be solved from what was recorded of it: all ranks say so, or none."""
     if target.of_inputs:
         sample = x.ndim == len(module.kernel_size) + 1
         shape = (1, *x.shape[1:]) if sample else (x.shape[0], *x.shape[2:])
     else:
         shape = positions_of(module, x)
+    reason, values = None, target.values
     if tuple(shape) != target.shape:
-        return f"its input has other places, {tuple(shape)}, than in the dense model, {target.shape}"
-    values = target.values
-    if rank_and_count()[1] == 1 and len(values) == 0:
-        return "no rows"
+        reason = f"its input has other places, {tuple(shape)}, than in the dense model, {target.shape}"
+    elif rank_and_count()[1] == 1 and len(values) == 0:
+        reason = "no rows"
+    reason = _agreed(reason, x.device)
     constant = len(values) == 0 or bool((values.amax(0) == values.amin(0)).all())
-    if bool(_all_ranks(constant, x.device)):
+    if reason is None and int(summed(torch.tensor([int(constant)], device=x.device))) == rank_and_count()[1]:
         return "constant targets"
-    return None
+    return reason
 
 
-def _all_ranks(answer: bool, device: torch.device) -> bool:
-    return int(summed(torch.tensor([int(answer)], device=device))) == rank_and_count()[1]
+def _agreed(reason: str | None, device: torch.device) -> str | None:
+    """A reason on every rank where there is one on any: a rank alone would leave the others waiting for its sums."""
+    if not bool(summed(torch.tensor([int(reason is not None)], device=device))):
+        return None
+    return reason or "it can't be solved on another rank"
 
 
 def summed(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..ops.slice_channels import Step
 from ..plan.blocks import Block
 from ..plan.plan import Complexity
 from ..scoring.scores import BlockScores
-from ..selection.budgets import parse_budget
+from ..selection.budgets import parse_budgets
 from ..slicing.optimizers import forgetting
 from .drop_blocks import named, put_back_steps, take_out
 from .find_blocks import complexity_of, find_blocks
@@ -71,7 +71,7 @@ def shallower(
     """
     if blocks is None:
         return Shallower(model, budget)
-    parse_budget(budget)
+    parse_budgets(budget)
     whole = model if inplace else copy.deepcopy(model)
     chosen, scores = _choose(whole, loader, blocks, example_inputs, options or {})
     before = complexity_of(whole, calls_of(whole, example_inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,57 @@ def diffusion_loss(
     if not np.isfinite(mean):
         raise FloatingPointError(f"the loss of {type(model).__name__} is {mean}: look for NaN in its weights or images")
     return mean
+
+
+@torch.no_grad()
+def loss_by_timestep(
+    model: nn.Module,
+    batch: Any,
+    scheduler: Any = None,
+    *,
+    strata: int = 10,
+    batch_size: int = 128,
+    loss_fn: LossFunction | None = None,
+    seed: int = 0,
+) -> list[tuple[int, float]]:
+    """The mean training loss in each of ``strata`` equal parts of the timesteps, over all images of ``batch``.
+
+    Args:
+        model, batch, scheduler, batch_size, loss_fn, seed: as for :func:`diffusion_loss`. Images have the same noise in
+            every part.
+        strata: parts; not more than there are timesteps.
+
+    Returns:
+        The first timestep of each part, and the loss there.
+
+    Raises:
+        ValueError: there is no image or no part.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        ...                    up_block_types=("UpBlock2D",), norm_num_groups=4)
+        >>> [t for t, _ in loss_by_timestep(unet, torch.zeros(4, 3, 8, 8), strata=4)]
+        [0, 250, 500, 750]
+    """
+    objective = make_objective(model, scheduler, loss_fn)
+    n, strata = len(images_of(batch)), min(strata, objective.n_timesteps)
+    if n == 0 or strata < 1:
+        raise ValueError(f"{n} images and {strata} parts: the loss needs at least one of each")
+    device, generator = next(model.parameters()).device, generator_for(seed)
+    noise = objective.noise(batch, generator)
+    bounds = np.linspace(0, objective.n_timesteps, strata + 1).round().astype(int).tolist()
+    found = []
+    with in_mode(model, training=False):
+        for first, stop in itertools.pairwise(bounds):
+            t, total = stratified(np.arange(first, stop), n, generator), 0.0
+            for start in range(0, n, batch_size):
+                rows = slice(start, min(start + batch_size, n))
+                part = moved(_rows(batch, rows, n), device)
+                loss = objective.loss(model, part, t[rows].to(device), noise[rows].to(device))
+                total += float(loss) * (rows.stop - rows.start)
+            found.append((first, total / n))
+    return found
 
 
 def _rows(batch: Any, rows: slice, n: int) -> Any:

@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from ..choices import Spacing, check_choice
 from ..objective.isolation import in_mode
 from ..objective.loss import first_tensor
+from ..objective.randomness import own_randomness
+from .quadratic import QuadraticDDIM
 
 
-def sampler(scheduler: Any, steps: int) -> Any:
-    """A deterministic sampler for what ``scheduler`` trained: DDIM, or the scheduler's own ODE steps for flows."""
+def sampler(scheduler: Any, steps: int, solver: str | None = None, spacing: Spacing = "uniform") -> Any:
+    """A sampler for what ``scheduler`` trained: DDIM, or the scheduler's own ODE steps for flows.
+
+    solver: the name of another scheduler of diffusers, such as ``"DPMSolverMultistepScheduler"``. spacing: of DDIM's
+    timesteps.
+
+    Raises ValueError for less than one step, a solver that isn't known, and a spacing that isn't the solver's.
+    """
     if steps < 1:
         raise ValueError(f"steps is {steps}: ask for at least one denoising step")
-    ours = DDIMScheduler.from_config(scheduler.config) if _is_discrete(scheduler) else copy.deepcopy(scheduler)
+    check_choice("spacing", spacing, Spacing)
+    if spacing == "quadratic":
+        if solver not in (None, "DDIM", "DDIMScheduler") or not _is_discrete(scheduler):
+            raise ValueError("spacing='quadratic' is for DDIM, of a model that wasn't trained by flow matching")
+        return QuadraticDDIM(scheduler, steps)
+    if solver is not None:
+        ours = scheduler_class(solver).from_config(scheduler.config)
+    else:
+        ours = DDIMScheduler.from_config(scheduler.config) if _is_discrete(scheduler) else copy.deepcopy(scheduler)
     ours.set_timesteps(steps)
     return ours
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler of diffusers of that name, with or without "Scheduler" at its end. Raises ValueError."""
+    for full in (name, f"{name}Scheduler"):
+        found = getattr(diffusers, full, None) if full.isidentifier() else None
+        if isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin):
+            return found
+    known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax"))
+    near = [n for n in known if name.lower() in n.lower()][:4] or difflib.get_close_matches(name, known, 3, cutoff=0.3)
+    raise ValueError(f"{name!r} is no scheduler of diffusers: did you mean {' or '.join(near) or known[0]}?")
 
 
 def _is_discrete(scheduler: Any) -> bool:
@@ -36,6 +66,8 @@ def sample(
     labels: Tensor | None = None,
     batch_size: int = 128,
     clamp: float | None = 1.0,
+    solver: str | None = None,
+    spacing: Spacing = "uniform",
     **conditioning: Any,
 ) -> Tensor:
     """Images that ``model`` makes of ``noise``: the same noise gives the same images, on the noise's device.
@@ -49,13 +81,17 @@ def sample(
         labels: ``(n,)`` class labels, or None.
         batch_size: images of one forward.
         clamp: the images' largest absolute value; None doesn't clamp.
+        solver: the name of another scheduler of diffusers to sample with, such as ``"DPMSolverMultistep"``; one that
+            draws noise of its own draws the same every time.
+        spacing: ``"quadratic"`` puts DDIM's timesteps closer together where there is little noise.
         conditioning: further keyword arguments of the model's forward; tensors of ``n`` rows are split with the noise.
 
     Returns:
         ``(n, channels, height, width)`` in the noise's dtype, clamped to [-1, 1], or [-clamp, clamp].
 
     Raises:
-        ValueError: ``steps`` or ``batch_size`` is below 1. FloatingPointError: the images are not finite.
+        ValueError: ``steps`` or ``batch_size`` is below 1, or a name isn't known. FloatingPointError: the images
+        are not finite.
 
     Example:
         >>> from diffusers import DDPMScheduler, UNet2DModel
@@ -71,11 +107,11 @@ def sample(
     if labels is not None:
         conditioning = {**conditioning, "class_labels": labels}
     parts = []
-    with in_mode(model, training=False):
+    with in_mode(model, training=False), own_randomness(0):
         for start in range(0, len(noise), batch_size):
             rows = slice(start, start + batch_size)
             own = {k: v[rows] if _per_image(v, len(noise)) else v for k, v in conditioning.items()}
-            parts.append(_denoise(model, sampler(scheduler, steps), noise[rows], own))
+            parts.append(_denoise(model, sampler(scheduler, steps, solver, spacing), noise[rows], own))
     images = torch.cat(parts)
     if not torch.isfinite(images).all():
         raise FloatingPointError(f"{type(model).__name__} made NaN or infinite images: its weights are not usable")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,27 +39,76 @@ def own_randomness(seed: int, loader: object = None) -> Iterator[None]:
 
     loader: its own generators (a DataLoader's, its sampler's) are given back too, so that the next call sees the same.
     """
-    owners = (loader, getattr(loader, "sampler", None))
-    own = [g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)]
-    states = [g.get_state() for g in own]
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    # Asking CUDA for its state would start it where nobody uses it.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    states, own = global_states(), own_states(loader)
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 - what datasets draw from
         torch.default_generator.manual_seed(seed)
-        if cuda is not None:
+        if torch.cuda.is_initialized():  # asking CUDA would start it where nobody uses it
             torch.cuda.manual_seed_all(seed)
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        for generator, state in zip(own, states):
-            generator.set_state(state)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        set_global_states(states)
+        set_own_states(loader, own)
+
+
+class Stream:
+    """Numbers of the global generators that go on where they stopped, whatever was drawn outside in between.
+
+    ``with stream:`` draws from it. states: as :func:`global_states` has them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        with own_randomness(seed):
+            self.states = global_states()
+
+    def __enter__(self) -> None:
+        self._outside = global_states()
+        set_global_states(self.states)
+
+    def __exit__(self, *_: object) -> None:
+        self.states = global_states()
+        set_global_states(self._outside)
+
+
+def global_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and PyTorch's global generators, of plain values and tensors."""
+    version, words, gauss = random.getstate()
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = legacy
+    return {
+        "python": (version, torch.tensor(words), gauss),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_global_states(states: Mapping[str, Any]) -> None:
+    """Put the global generators back to what :func:`global_states` found."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+
+
+def own_states(loader: object) -> list[Tensor]:
+    """The states of a loader's own generators: a DataLoader's, its sampler's."""
+    return [generator.get_state() for generator in _generators(loader)]
+
+
+def set_own_states(loader: object, states: list[Tensor]) -> None:
+    """Put a loader's own generators back to what :func:`own_states` found."""
+    for generator, state in zip(_generators(loader), states):
+        generator.set_state(state)
+
+
+def _generators(loader: object) -> list[torch.Generator]:
+    owners = (loader, getattr(loader, "sampler", None))
+    return [g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)]
 
 
 def generator_for(seed: int, *place: int) -> torch.Generator:

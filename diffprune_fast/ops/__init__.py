@@ -7,7 +7,7 @@ in place. ``ops.reference`` has both in plain PyTorch.
 from __future__ import annotations
 
 from . import reference
-from .channel_scores import CRITERIA, ScoreEntry, ScoreTable, channel_scores_
+from .channel_scores import CRITERIA, BoundScores, ScoreEntry, ScoreTable, channel_scores_
 from .dispatch import BackendError, backends
 from .info import info
 from .slice_channels import Slice, slice_channels_
@@ -15,6 +15,7 @@ from .slice_channels import Slice, slice_channels_
 __all__ = [
     "CRITERIA",
     "BackendError",
+    "BoundScores",
     "ScoreEntry",
     "ScoreTable",
     "Slice",

@@ -1,9 +1,10 @@
-"""``slice_channels_`` on CUDA devices, in place, by the extension ``diffprune_fast._cuda``."""
+"""``slice_channels_`` on CUDA devices, by the extension ``diffprune_fast._cuda``."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import reference, slice_tables
-from .slice_channels import Slice, sliced_shape
+from .slice_channels import Slice
 
-ABI = 2
+ABI = 3
 
 _cuda: Any
 try:
@@ -27,7 +28,7 @@ except ImportError as error:
         "it, PyTorch's index_select slices on GPUs"
     )
 else:
-    if getattr(_cuda, "ABI", 0) != ABI or _cuda.TILED_ENTRY != slice_tables.ENTRY:
+    if getattr(_cuda, "ABI", 0) != ABI or _cuda.GATHER_ENTRY != slice_tables.ENTRY:
         _missing = "the CUDA extension was built from older sources: pip install -e . builds it anew"
 
 
@@ -42,54 +43,95 @@ def availability() -> str:
 def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
     """As :func:`diffprune_fast.ops.slice_channels_`, without its checks; all tensors on one device.
 
-    One launch compacts every tensor where it lies, on the caller's current stream; then one tensor after the other
-    gives its old memory back, so that never more than the largest tensor is needed on top. Nothing waits for the
-    device, unless index tables lie on it. Tensors that the kernel can't slice (more than two sliced dims, or integers
-    with a scale) are sliced by the reference.
+    What stays is gathered into new memory on the caller's current stream, some tensors at a time: with never more new
+    memory than the largest tensor has, after which their old memory goes back. Nothing waits for the device, unless
+    index tables lie on it. Tensors that the kernel can't slice (more than two sliced dims, or integers with a scale)
+    are sliced by the reference. Where memory runs out half-way, every tensor is either sliced or untouched.
     """
-    tables, left = slice_tables.build(tensors, slices)
-    skipped = set(left)
-    if len(tables.tile_entry):
-        launch(prepare(tables, tensors[0].device))
-    for i, (tensor, piece) in enumerate(zip(tensors, slices)):
-        if i in skipped:
-            reference.slice_channels_([tensor], [piece])
-        else:
-            shrink(tensor, sliced_shape(tensor, piece))
+    device = tensors[0].device
+    with torch.cuda.device(device):
+        tables = slice_tables.build(tensors, slices, _cuda.fill_table)
+        stream = torch.cuda.current_stream()
+        room = max(t.numel() * t.element_size() for t in tensors)
+        torch.empty(room, dtype=torch.uint8, device=device)  # where there is too little memory, nothing has changed yet
+        prepared = prepare(tables, device)
+        for batch in batches(tensors, tables, room - prepared.nbytes):
+            targets = [new_memory(tensors[i], tables.shapes[i]) for i in batch]
+            aim(prepared, batch, targets)
+            launch(prepared, batch)
+            for i, target in zip(batch, targets):
+                # the kernel may still be at work when the old memory goes back to the stream that it was taken on
+                tensors[i].record_stream(stream)
+                tensors[i].data = target
+        for i in np.flatnonzero(tables.tiles < 0).tolist():
+            reference.slice_channels_([tensors[i]], [slices[i]])
 
 
 @dataclass
 class Prepared:
-    """A table on the device, good for one launch. flags: ticket, tiles that have been read, frontiers; all zero."""
+    """Tables and their copies on the device, where the entries arrive batch by batch with their targets."""
 
+    tables: slice_tables.SliceTables
+    host: Tensor
     entries: Tensor
     tile_entry: Tensor
-    flags: Tensor
     alive: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """On the device."""
+        return sum(t.nbytes for t in (self.entries, self.tile_entry, *self.alive))
 
 
 def prepare(tables: slice_tables.SliceTables, device: torch.device) -> Prepared:
-    """Upload the tables on the current stream, by copies that the host doesn't wait for."""
+    """Upload what is the same for all batches on the current stream, by copies that the host doesn't wait for."""
     indices = _put(tables.indices, device)
     scales = [scale.to(device, non_blocking=True) for _, scale in tables.scales]
-    placed = tables.placed(indices.data_ptr(), [s.data_ptr() for s in scales])
-    entries = _put(placed.view(np.int64).reshape(len(placed), -1), device)  # PyTorch has no rows with named fields
+    tables.place(indices.data_ptr(), [s.data_ptr() for s in scales])
+    rows = torch.from_numpy(tables.entries.view(np.int64).reshape(len(tables.entries), -1))
+    host = rows.pin_memory()
     tile_entry = _put(tables.tile_entry, device)
-    flags = torch.zeros(1 + len(tile_entry) + len(entries), dtype=torch.int32, device=device)
-    return Prepared(entries, tile_entry, flags, (indices, *scales))
+    return Prepared(tables, host, torch.empty_like(rows, device=device), tile_entry, (indices, *scales))
 
 
-def launch(prepared: Prepared) -> None:
-    """Compact every tensor of the table where it lies, on the current stream. Returns at once."""
-    stream = torch.cuda.current_stream(prepared.flags.device)
-    tiles = len(prepared.tile_entry)
+def batches(tensors: Sequence[Tensor], tables: slice_tables.SliceTables, room: int) -> Iterator[range]:
+    """Positions of neighbouring tensors that the kernel slices, whose new memory is at most ``room`` bytes together."""
+    begin, used = 0, 0
+    for i, (shape, tiles) in enumerate(zip(tables.shapes, tables.tiles.tolist())):
+        size = math.prod(shape) * tensors[i].element_size()
+        if tiles <= 0 or used + size > room:
+            if begin < i:
+                yield range(begin, i)
+            begin, used = i, 0
+        if tiles <= 0:
+            begin = i + 1
+        else:
+            used += size
+    if begin < len(tensors):
+        yield range(begin, len(tensors))
+
+
+def new_memory(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tensor.is_contiguous():
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    return reference.empty_like(tensor, shape)
+
+
+def aim(prepared: Prepared, batch: range, targets: Sequence[Tensor]) -> None:
+    """Tell the device where a batch goes, on the current stream."""
+    rows, place = slice(batch.start, batch.stop), slice_tables.FIELDS.index("target")
+    prepared.host[rows, place] = torch.tensor([t.data_ptr() for t in targets])
+    prepared.entries[rows].copy_(prepared.host[rows], non_blocking=True)
+
+
+def launch(prepared: Prepared, batch: range) -> None:
+    """Gather a batch to where it was aimed, on the current stream. Returns at once."""
+    tables, stream = prepared.tables, torch.cuda.current_stream()
     _cuda.slice_channels(
         entries=prepared.entries.data_ptr(),
         tile_entry=prepared.tile_entry.data_ptr(),
-        tiles=tiles,
-        ticket=prepared.flags.data_ptr(),
-        read=prepared.flags[1:].data_ptr(),
-        frontier=prepared.flags[1 + tiles :].data_ptr(),
+        first=int(tables.entries["first_tile"][batch.start]),
+        tiles=int(tables.tiles[batch.start : batch.stop].clip(0).sum()),
         device=stream.device_index,
         stream=stream.cuda_stream,
     )
@@ -97,22 +139,3 @@ def launch(prepared: Prepared) -> None:
 
 def _put(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(values).pin_memory().to(device, non_blocking=True)
-
-
-def shrink(tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Give a tensor whose first elements in memory are its slice the slice's shape, and its other memory back."""
-    if shape == tuple(tensor.shape):
-        return
-    strides, step = [0] * tensor.dim(), 1
-    for dim in reversed(reference.memory_order(tensor)):
-        strides[dim], step = step, step * shape[dim]
-    compact = tensor.detach().as_strided(shape, strides)
-    storage = tensor.untyped_storage()
-    if tensor.is_cuda and torch.cuda.current_stream(tensor.device) != torch.cuda.default_stream(tensor.device):
-        # the kernel may still be at work when the old memory goes back to the stream that it was taken on
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
-    if storage.resizable():
-        tensor.data = compact
-        storage.resize_(step * tensor.element_size())
-    else:
-        tensor.data = compact.clone(memory_format=torch.preserve_format)

@@ -3,8 +3,10 @@
 A backend is a module with an ``availability() -> str`` (``"ok"`` or the reason why it can't serve on this machine) and
 the operation's function, called after all checks:
 ``channel_scores_(scores, thetas, grads, table, *, criterion, timestep_weights, zero_grad)`` or
-``slice_channels_(tensors, slices)``. A backend that can tell beforehand what it will need also has
-``slice_steps(tensors, slices)``, which takes all memory and returns the calls that move the channels.
+``slice_channels_(tensors, slices)``. One that can tell beforehand what it will need also has
+``slice_steps(tensors, slices)``, which takes all memory and returns calls that move the channels, or ``bind``, which
+takes what ``channel_scores_`` takes and returns a function of the gradients, for calls with gradients at the same
+addresses.
 """
 
 from __future__ import annotations

@@ -136,14 +136,15 @@ def check(tensors: Sequence[Tensor], slices: Sequence[Slice], names: Sequence[st
 
 def sliced_shape(tensor: Tensor, piece: Slice) -> tuple[int, ...]:
     """The shape that ``tensor`` has once it is sliced."""
-    return tuple(len(piece.keep[d]) if d in piece.keep else n for d, n in enumerate(tensor.shape))
+    return tuple(piece.keep[d].shape[0] if d in piece.keep else n for d, n in enumerate(tensor.shape))
 
 
 def _check_keep(who: str, tensor: Tensor, piece: Slice, checked: dict[int, int]) -> None:
     """``checked`` remembers index tables by identity: one table usually serves many tensors."""
+    shape = tensor.shape
     for dim, keep in piece.keep.items():
-        if not 0 <= dim < tensor.dim():
-            raise ValueError(f"{who} of shape {tuple(tensor.shape)} has no dim {dim}")
+        if not 0 <= dim < len(shape):
+            raise ValueError(f"{who} of shape {tuple(shape)} has no dim {dim}")
         if id(keep) not in checked:
             if keep.dtype != torch.int64 or keep.dim() != 1:
                 raise TypeError(f"{who}, dim {dim}: kept indices must be 1-D int64, not {keep.dim()}-D {keep.dtype}")
@@ -155,8 +156,8 @@ def _check_keep(who: str, tensor: Tensor, piece: Slice, checked: dict[int, int])
                 raise ValueError(f"{who}, dim {dim}: kept indices must be sorted, unique and not negative")
             checked[id(keep)] = int(keep[-1])
         last = checked[id(keep)]
-        if last >= tensor.shape[dim] or keep.numel() > tensor.shape[dim]:
-            raise ValueError(f"{who}, dim {dim}: index {last} is out of range for size {tensor.shape[dim]}")
+        if last >= shape[dim] or keep.shape[0] > shape[dim]:
+            raise ValueError(f"{who}, dim {dim}: index {last} is out of range for size {shape[dim]}")
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -184,7 +185,7 @@ def _check_scale(who: str, tensor: Tensor, piece: Slice) -> None:
         return
     if tensor.dim() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         raise TypeError(f"{who} is {tensor.dim()}-D {tensor.dtype}: only floating-point rows can be scaled")
-    rows = len(piece.keep[0]) if 0 in piece.keep else tensor.shape[0]
+    rows = piece.keep[0].shape[0] if 0 in piece.keep else tensor.shape[0]
     if not _has_values(piece.scale):
         raise TypeError(f"{who}: a scale on meta has no values")
     if tuple(piece.scale.shape) != (rows,) or not piece.scale.is_floating_point():
@@ -220,7 +221,7 @@ def _check_owned(who: str, tensor: Tensor) -> None:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor's elements fill its memory without gaps or overlap, in any order of dims."""
-    if tensor.numel() == 0:
+    if tensor.is_contiguous() or tensor.numel() == 0:
         return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):

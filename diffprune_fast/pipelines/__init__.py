@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .components import DENOISERS, find_component, image_shape, is_pipeline, takes_captions
 from .encoding import check_known, encoded, example_call
-from .loading import pipeline_from_pretrained, read_index
+from .index import read_index
+from .loading import pipeline_from_pretrained
 from .own_samples import own_batches
 from .target import Target, find_target
 

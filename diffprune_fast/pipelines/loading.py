@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..checkpoint.building import at_most_modules
+from ..checkpoint.errors import CheckpointError
 from ..checkpoint.loading import from_pretrained
-from ..checkpoint.manifest import MANIFEST, CheckpointError
+from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.reading import check_folder, check_harmless, read_json
+from ..checkpoint.replacing import place_of
 from ..objective.loss import dtype_of
-
-INDEX = "model_index.json"
+from .index import INDEX, is_of_transformers, read_index
 
 
 def pipeline_from_pretrained(
@@ -26,7 +29,8 @@ def pipeline_from_pretrained(
 ) -> Any:
     """Load a pipeline with pruned components, onto ``device`` (None: the CPU).
 
-    No code of the folder is run: classes are those of diffusers and transformers, weights are safetensors.
+    No code of the folder is run and nothing outside it is read: classes are those of diffusers and transformers,
+    weights are safetensors.
 
     Args:
         directory: what ``save_pretrained`` of a pruned pipeline, or of its result, wrote.
@@ -54,59 +58,47 @@ def pipeline_from_pretrained(
         >>> type(loaded).__name__, loaded.unet.num_parameters() == result.after.params
         ('DDPMPipeline', True)
     """
-    import diffusers
-
     directory = Path(directory)
     index = read_index(directory)
+    check_folder(directory)
     dtype = torch_dtype or torch.float32
-    parts = {name: directory / name for name in index if (directory / name / MANIFEST).is_file()}
-    pruned: dict[str, Any] = {name: from_pretrained(p, verify=verify) for name, p in parts.items()}
-    for model in pruned.values():
-        if dtype_of(model) != dtype:
-            model.to(dtype)
+    parts = {n: None if c is None else _load(directory, n, c, dtype, verify) for n, c in index.components.items()}
     try:
-        with warnings.catch_warnings():  # newer versions call it dtype, and say so; older ones don't know that name
-            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
-            pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
-                str(directory), torch_dtype=dtype, use_safetensors=True, local_files_only=True, **pruned
-            )
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as e:
-        raise CheckpointError(f"the pipeline in {directory} can't be loaded: {e}") from e
+        pipe = index.pipeline(**parts, **index.arguments)
+        pipe.register_to_config(_name_or_path=str(directory))
+    except Exception as e:  # whatever the class makes of components that don't belong together
+        raise CheckpointError(f"the pipeline in {directory} can't be put together: {type(e).__name__}: {e}") from e
     return pipe if device is None else pipe.to(device)
 
 
-def read_index(directory: Path) -> dict[str, Any]:
-    """The contents of ``model_index.json``, which may name classes of diffusers and transformers only.
+# Every file that says how a component is made; vocabularies are no configs.
+CONFIGS = "*config*.json"
 
-    Raises CheckpointError.
-    """
-    import diffusers
 
-    path = directory / INDEX
+def _load(directory: Path, name: str, cls: Any, dtype: torch.dtype, verify: bool) -> Any:
+    """A component of a pipeline; its class loads it, and gets no chance to look anywhere else."""
+    folder = directory / name
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing: copy the whole pipeline")
+    if place_of(folder, MANIFEST).is_file():
+        model = from_pretrained(folder, verify=verify)
+        if not isinstance(model, cls):
+            raise CheckpointError(f"{folder} holds a {type(model).__name__}, {INDEX} says {cls.__name__}")
+        return model if dtype_of(model) == dtype else model.to(dtype)
+    of_transformers = is_of_transformers(cls)
+    for path in sorted(folder.rglob(CONFIGS)):
+        check_harmless(read_json(path, directory), path, code_maps=cls.__module__.startswith("diffusers."))
+    options: dict[str, Any] = {"local_files_only": True}
+    if issubclass(cls, nn.Module):
+        options |= {"torch_dtype": dtype, "use_safetensors": True}
+    if of_transformers:
+        options["trust_remote_code"] = False
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {directory} is no pipeline (one model: from_pretrained)") from None
-    except (ValueError, OSError) as e:
-        raise CheckpointError(f"{path} can't be read ({e}): save the pipeline again") from e
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not isinstance(cls, type) or not issubclass(cls, diffusers.DiffusionPipeline):
-        raise CheckpointError(f"{path} names {name!r}, which is no pipeline of diffusers {diffusers.__version__}")
-    for component, value in index.items():
-        if isinstance(value, list) and value != [None, None] and not _is_known(value, directory / component):
-            raise CheckpointError(f"{path}: {component} is {value!r}, no class of diffusers or transformers")
-    return index
-
-
-def _is_known(value: list[Any], folder: Path) -> bool:
-    """Whether ``[library, class]`` is code that is installed; diffusers would also run a module of the folder."""
-    import diffusers
-
-    if len(value) != 2 or not all(isinstance(v, str) and v.isidentifier() for v in value):
-        return False
-    library, name = value
-    # These look for a class in the folder's config, and may ask the user whether to run it.
-    automatic = name == "AutoModel" or (library == "transformers" and name.startswith("Auto"))
-    installed = library in ("diffusers", "transformers") or hasattr(diffusers.pipelines, library)
-    return installed and not automatic and not (folder / f"{library}.py").exists()
+        with warnings.catch_warnings():  # newer versions call it dtype, and say so; older ones don't know that name
+            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
+            with at_most_modules():
+                return cls.from_pretrained(str(folder), **options)
+    except CheckpointError:
+        raise
+    except Exception as e:  # whatever the class makes of files that aren't its own
+        raise CheckpointError(f"{name} in {directory} can't be loaded: {type(e).__name__}: {e}") from e

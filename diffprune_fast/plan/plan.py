@@ -143,7 +143,7 @@ class Plan:
     frozen: place (``"conv_in.weight:1"``) to the reason why its channels stay. shapes: every parameter and
     floating-point buffer, by its first name; buffers: which of them are buffers. scale_fixes: weights that take a
     factor when head dims go. attributes: what else in the modules follows a width. costs: the operations of one forward
-    of the example inputs; extents: the widths that costs and attributes speak of.
+    of the example inputs; extents: the widths that costs and attributes speak of. notes: what else reads channels.
     """
 
     model_class: str
@@ -156,6 +156,7 @@ class Plan:
     attributes: tuple[Attribute, ...] = ()
     costs: tuple[Cost, ...] = ()
     extents: Extents = field(default_factory=lambda: Extents(np.zeros(0), np.zeros((0, 0))))
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -280,6 +281,7 @@ class Plan:
             reasons[reason] = reasons.get(reason, 0) + 1
         lines.append(f"  frozen: {len(self.frozen)} places")
         lines += [f"    {n} x {reason}" for reason, n in sorted(reasons.items(), key=lambda kv: (-kv[1], kv[0]))]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -345,6 +347,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
             "n_groups": len(plan.groups),
             "entries": [rows.tolist(), cols.tolist(), plan.extents.per_group[rows, cols].tolist()],
         },
+        **({"notes": list(plan.notes)} if plan.notes else {}),
     }
 
 
@@ -374,6 +377,7 @@ def _decode(d: Mapping[str, Any]) -> Plan:
         attributes=tuple(Attribute(*a) for a in d["attributes"]),
         costs=tuple(Cost(p, s, tuple(e), a) for p, s, e, a in d["costs"]),
         extents=Extents(base, per_group),
+        notes=tuple(d.get("notes", ())),
     )
 
 

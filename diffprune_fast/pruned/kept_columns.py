@@ -22,9 +22,7 @@ class KeptColumns:
         self._before: list[tuple[Size, Tensor]] = []
 
     def attach(self, module: nn.Module) -> None:
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), KeptColumns)]:
-                del hooks[key]
+        detach(module)
         module.register_forward_pre_hook(self.enlarge)
         module.register_forward_hook(self.restore, always_call=True)
 
@@ -43,6 +41,13 @@ class KeptColumns:
         rule = table_of(module)
         if rule is not None and self._before:
             rule.hold(module, *self._before.pop())
+
+
+def detach(module: nn.Module) -> None:
+    """Take such hooks off a module: the table that it holds is one that its class makes."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), KeptColumns)]:
+            del hooks[key]
 
 
 def kept_columns(model: nn.Module) -> dict[str, KeptColumns]:

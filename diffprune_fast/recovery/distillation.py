@@ -56,10 +56,18 @@ class Distillation:
                 f"loss_fn never called {type(model).__name__} itself, so there is no answer to compare with the "
                 "teacher's: let it call model(...), or compute the distance to the teacher in loss_fn"
             )
-        distances = [_distance(call.answer, self._answer(call)) for call in calls]
-        return self._mixed(torch.stack(distances).mean(), own)
+        return self._mixed(torch.stack([self.of_call(model, call) for call in calls]).mean(), own)
 
-    def _answer(self, call: Call) -> Tensor:
+    def of_call(self, model: nn.Module, call: Call) -> Tensor:
+        """The loss of one of the model's calls."""
+        return self.distance(call.answer, self.answer(call))
+
+    @staticmethod
+    def distance(ours: Tensor, theirs: Tensor) -> Tensor:
+        """Mean squared distance. Raises ValueError where the shapes differ."""
+        return _distance(ours, theirs)
+
+    def answer(self, call: Call) -> Tensor:
         """What the teacher answers to the same call, on its own device and in its own precision."""
         device, dtype = _device_of(self.teacher), dtype_of(self.teacher)
 

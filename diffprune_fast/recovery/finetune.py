@@ -6,30 +6,38 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
+from ..choices import RecoveryLoss
 from ..objective.isolation import in_mode
-from ..objective.loss import LossFunction, Objective, images_of, make_objective
-from ..objective.nested import moved
-from ..objective.randomness import generator_for, own_randomness, stratified
-from .distillation import Distillation, StepLoss, find_teacher
+from ..objective.loss import LossFunction, make_objective
+from ..objective.randomness import own_randomness
+from ..objective.ranks import rank_and_count
+from .distillation import StepLoss, find_teacher
+from .losses import step_loss_of
+from .position import Position
+from .progress import Progress
+from .training import Settings, Step, Training
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """losses: every step's loss, on its own batch. seconds: wall clock."""
+    """losses: every step's loss, on its own batch. seconds: wall clock. resumed: steps that were there already."""
 
     losses: tuple[float, ...]
     seconds: float
+    resumed: int = 0
 
 
 # Adam's largest rate. Towards the noise: the authors'. Towards a teacher: a small DiT at half its MACs, compensated,
@@ -46,47 +54,68 @@ def finetune(
     lr: float | None = None,
     teacher: nn.Module | str | os.PathLike[str] | None = None,
     teacher_share: float = 1.0,
+    loss: RecoveryLoss | StepLoss | None = None,
     warmup: int | None = None,
     schedule: str = "cosine",
     clip: float = 1.0,
     ema: float = 0.9999,
+    accumulate: int = 1,
+    gradient_checkpointing: bool = False,
     loss_fn: LossFunction | None = None,
     autocast: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    accelerator: Accelerator | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Finetuned:
     """Finetune ``model`` in place; it ends with the weights' moving average, in the modes that it had.
 
     Parameters without ``requires_grad`` stay as they are; the global random state too. Timesteps are stratified within
-    a batch.
+    a batch. Started by ``accelerate launch`` (or torchrun) on several processes, each takes its part of every batch:
+    the result is that of one process, up to rounding and dropout. There the model goes to its process's device.
 
     Args:
         model: a denoiser or an autoencoder, pruned or not.
-        loader: as for :func:`diffprune_fast.score`, iterated again and again.
+        loader: as for :func:`diffprune_fast.score`, iterated again and again; the same one on all processes.
         scheduler: the one of the training; None is ``DDPMScheduler()``.
-        steps: batches to train on.
+        steps: of the optimiser.
         lr: the learning rate of Adam after the warmup; None is 2e-4, with a teacher 5e-4.
         warmup: steps of linear rise to ``lr``; None is a tenth, at most 500.
         schedule: what follows, by its name in ``diffusers.optimization``.
         clip: the gradient's largest norm.
         ema: largest decay of the average; after k steps it is at most (1 + k) / (10 + k).
+        accumulate: batches of each step; their gradients are averaged.
+        gradient_checkpointing: compute activations anew in the backward pass in place of keeping them; models of
+            diffusers that offer it.
         loss_fn: ``(model, batch, t, noise) -> (batch,) or scalar`` in place of the scheduler's objective.
-        autocast: dtype for the forward, such as ``torch.bfloat16``.
+        autocast: dtype for the forward, such as ``torch.bfloat16``; None is what ``accelerator`` says.
         teacher: the dense model, such as ``score_and_prune(…, inplace=False)`` leaves it, or its folder. The loss is
             then the mean squared distance of the model's answers to the teacher's at the same noisy images, timesteps
             and conditioning. Both run in evaluation mode: no dropout, no dropped labels. The teacher is left as it is,
             on whatever device it is.
         teacher_share: of that distance in the loss; 0.7 adds 0.3 of the objective's own loss.
+        loss: None is ``"distillation"`` with a teacher and ``"noise"`` without. ``"mixed"`` is a teacher_share of 0.7;
+            ``"features"`` adds the distance of the layers' features, for a model that was pruned from the teacher;
+            ``"second-order"`` that of the answers' sensitivities, at twice the forwards. Or a callable
+            ``(model, batch, t, noise) -> scalar``.
+        checkpoint: a file for the training's state, written every ``checkpoint_every`` steps. Where it is there
+            already, training goes on from it and ends as if it had never been stopped; the loader is walked again up
+            to there. Loading it runs no code. Nodes of a cluster have to see the same file.
+        checkpoint_every: steps between two writes.
+        accelerator: one of your own: its trackers get every step's loss, gradient norm and rate
+            (``Accelerator(log_with="tensorboard", project_dir=…)``), its mixed precision is used (float16 with loss
+            scaling too); None makes one.
         seed: of timesteps and noise.
-        progress: False hides the bar.
+        progress: False shows none: a bar in a terminal, else a line every tenth of the steps.
 
     Returns:
         Every step's loss, and the seconds.
 
     Raises:
-        ValueError: an empty loader, a setting that can't train, a model without trainable parameters, or a teacher that
-        doesn't fit.
-        FloatingPointError: a loss or gradient is not finite; it doesn't reach the weights.
+        ValueError: an empty loader, a setting that can't train, a model without trainable parameters, a teacher that
+        doesn't fit, or a checkpoint of another training. FloatingPointError: a loss or gradient is not finite; it
+        doesn't reach the weights.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -102,47 +131,120 @@ def finetune(
     lr = (LEARNING_RATE if teacher is None else LEARNING_RATE_WITH_TEACHER) if lr is None else lr
     warmup = min(500, steps // 10) if warmup is None else warmup
     _check_settings(steps, lr, warmup, clip, ema, teacher_share, teacher is not None)
+    _check_counts(accumulate, checkpoint_every)
+    settings = Settings(steps, clip, accumulate, seed)
     parameters = _trainable(model)
     objective = make_objective(model, scheduler, loss_fn)
-    loss: StepLoss = objective.loss
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    rate = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    average = EMAModel(parameters, decay=ema)
     start = time.perf_counter()
     with ExitStack() as stack:
-        stack.callback(optimizer.zero_grad, set_to_none=True)
+        accelerator = stack.enter_context(_accelerating(accelerator, parameters[0].device))
+        if accelerator.num_processes > 1:
+            model.to(accelerator.device)
+        autocast = _OF_ACCELERATE.get(accelerator.mixed_precision) if autocast is None else autocast
         if teacher is not None:
             teacher = stack.enter_context(in_mode(find_teacher(teacher, model), training=False))
-            loss = Distillation(teacher, objective, teacher_share, autocast)
+        minimised = step_loss_of(loss, model, teacher, objective, teacher_share, autocast)
         stack.enter_context(in_mode(model, training=teacher is None))
+        if gradient_checkpointing:
+            stack.enter_context(_checkpointing(model))
+        optimizer = torch.optim.Adam(parameters, lr=lr)
+        rate = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        stack.callback(optimizer.zero_grad, set_to_none=True)
         stack.enter_context(own_randomness(seed))
-        bar = stack.enter_context(tqdm(_endless(loader, steps), "finetuning", steps, disable=not progress))
-        gradients = _gradients(model, bar, loss, objective, generator_for(seed), autocast)
-        losses = _descend(parameters, gradients, optimizer, rate, average, clip, bar)
-    return Finetuned(losses, time.perf_counter() - start)
+        about = {
+            **{"lr": lr, "warmup": warmup, "schedule": schedule, "ema": ema, "autocast": str(autocast)},
+            **{"teacher_share": teacher_share if teacher is not None else None, **asdict(settings)},
+            "loss": loss if loss is None or isinstance(loss, str) else type(loss).__name__,
+        }
+        step_loss, prepared = accelerator.prepare(Step(model, minimised, autocast), optimizer)
+        training = Training(
+            model=model,
+            parameters=parameters,
+            step_loss=step_loss,
+            objective=objective,
+            optimizer=prepared,
+            rate=rate,
+            average=EMAModel(parameters, decay=ema),
+            position=Position(loader, seed),
+            accelerator=accelerator,
+            settings=settings,
+        )
+        stack.enter_context(_tracking(accelerator, about))
+        path = None if checkpoint is None else Path(checkpoint)
+        resumed = 0 if path is None else training.load(path, about)
+        shown = progress and accelerator.is_main_process
+        training.run(Progress("finetuning", steps, resumed, show=shown), path, checkpoint_every, about)
+    return Finetuned(tuple(training.losses), time.perf_counter() - start, resumed)
 
 
-def _descend(
-    parameters: list[nn.Parameter],
-    gradients: Iterator[Tensor],
-    optimizer: torch.optim.Optimizer,
-    rate: Any,
-    average: EMAModel,
-    clip: float,
-    bar: tqdm[Any],
-) -> tuple[float, ...]:
-    """Follow the gradients, one step for each, and end at the average. gradients: yields the loss of each."""
-    losses: list[float] = []
-    for loss in gradients:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-        losses.append(_finite(loss, norm, step=len(losses)))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rate.step()
-        average.step(parameters)
-        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
-    average.copy_to(parameters)
-    return tuple(losses)
+_OF_ACCELERATE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def _accelerating(given: Accelerator | None, device: torch.device) -> Iterator[Accelerator]:
+    """The caller's accelerator, or one whose choices are forgotten afterwards, so that they bind nobody else."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState, PartialState
+
+    if given is not None:
+        yield given
+        return
+    first = not AcceleratorState._shared_state
+    alone = not PartialState._shared_state
+    # A loss need not reach every parameter.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        made = Accelerator(
+            cpu=device.type == "cpu" and ("LOCAL_RANK" not in os.environ or not torch.cuda.is_available()),
+            device_placement=False,
+            kwargs_handlers=[unused],
+        )
+        ranks = rank_and_count()[1]
+        if ranks != made.num_processes:
+            raise ValueError(
+                f"torch.distributed has {ranks} processes, accelerate knows of {made.num_processes}: start them with "
+                "accelerate launch or torchrun, or set LOCAL_RANK, RANK and WORLD_SIZE"
+            )
+        yield made
+    finally:
+        if first:
+            AcceleratorState._reset_state(reset_partial_state=alone and rank_and_count()[1] == 1)
+
+
+@contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
+    """Activations are computed anew in the backward pass; afterwards as before."""
+    enable = getattr(model, "enable_gradient_checkpointing", None)
+    if enable is None or not getattr(model, "_supports_gradient_checkpointing", True):
+        raise ValueError(f"{type(model).__name__} offers no gradient checkpointing: leave it out")
+    was = bool(getattr(model, "is_gradient_checkpointing", False))
+    enable()
+    try:
+        yield
+    finally:
+        if not was:
+            model.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
+@contextmanager
+def _tracking(accelerator: Accelerator, about: dict[str, Any]) -> Iterator[None]:
+    """The accelerator's trackers, begun if they weren't; those that were begun here end with the training."""
+    begin = bool(accelerator.log_with) and not accelerator.trackers
+    if begin:
+        accelerator.init_trackers("diffprune-fast", {k: v for k, v in about.items() if v is not None})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers if begin else ():
+            tracker.finish()
+
+
+def _check_counts(accumulate: int, checkpoint_every: int) -> None:
+    """Raises ValueError."""
+    if accumulate < 1:
+        raise ValueError(f"accumulate is {accumulate}: a step needs at least one batch")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every is {checkpoint_every}: it must be at least 1")
 
 
 def _check_settings(
@@ -170,48 +272,3 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     if not parameters:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: there is nothing to finetune")
     return parameters
-
-
-def _gradients(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss: StepLoss,
-    objective: Objective,
-    generator: torch.Generator,
-    autocast: torch.dtype | None,
-) -> Iterator[Tensor]:
-    """The loss of every batch, when its gradients are there."""
-    device = next(model.parameters()).device
-    for batch in (moved(batch, device) for batch in batches):
-        images = images_of(batch)
-        t = stratified(np.arange(objective.n_timesteps), len(images), generator).to(device)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            value = loss(model, batch, t, objective.noise(batch, generator))
-        value.backward()
-        yield value.detach()
-
-
-def _finite(loss: Tensor, norm: Tensor, *, step: int) -> float:
-    value = float(loss)
-    if not (math.isfinite(value) and math.isfinite(float(norm))):
-        raise FloatingPointError(
-            f"the loss is {value} and its gradient's norm {float(norm)} at step {step}: look for NaN in the weights or "
-            "images, or lower lr"
-        )
-    return value
-
-
-def _endless(loader: Iterable[Any], steps: int) -> Iterator[Any]:
-    """``steps`` batches of ``loader``, begun again at its end."""
-    given = 0
-    while given < steps:
-        before = given
-        for batch in loader:
-            yield batch
-            given += 1
-            if given == steps:
-                return
-        if given == before:
-            raise ValueError(
-                "the loader is empty, or can be iterated only once: pass a DataLoader or a list of batches"
-            )

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from .card import write_card
+from .curves import timestep_curves, training_curve
 from .figures import kept_channels, loss_curve, sample_grids
 from .page import write_report
 from .table import Measured, print_table
 
-__all__ = ["Measured", "kept_channels", "loss_curve", "print_table", "sample_grids", "write_report"]
+__all__ = [
+    "Measured",
+    "kept_channels",
+    "loss_curve",
+    "print_table",
+    "sample_grids",
+    "timestep_curves",
+    "training_curve",
+    "write_card",
+    "write_report",
+]

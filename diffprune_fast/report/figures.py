@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 INK, ACCENT, PALE, MUTED = "#1f2933", "#2563eb", "#dbe4f3", "#6b7785"
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
     """A figure that belongs to no window and no global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=160, facecolor="white", layout="constrained")
 
 
-def _plain(axes: Axes) -> None:
+def plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=INK, labelsize=8)
@@ -63,7 +63,7 @@ def sample_grids(grids: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]], *
     if channels not in (1, 3):
         raise ValueError(f"images have {channels} channels: decode latents to 1 or 3 channels first")
     across, high = max(len(row) for row in rows), -(-n // columns)
-    figure = _figure(3.2 * across, (3.2 * high / columns + 0.3) * len(rows))
+    figure = blank_figure(3.2 * across, (3.2 * high / columns + 0.3) * len(rows))
     for line, row in zip(figure.subplots(len(rows), across, squeeze=False), rows, strict=True):
         for axes in line:
             axes.set_axis_off()
@@ -107,9 +107,9 @@ def loss_curve(curve: LossCurve) -> Figure:
         'log'
     """
     timesteps, relative = np.asarray(curve.timesteps), np.asarray(curve.relative)
-    figure = _figure(6.4, 3.0)
+    figure = blank_figure(6.4, 3.0)
     axes = figure.subplots()
-    _plain(axes)
+    plain_axes(axes)
     axes.plot(timesteps, relative, color=ACCENT, marker="o", markersize=3.5, linewidth=1.4)
     lowest = min(float(relative[relative > 0].min()), curve.threshold or 1.0)
     axes.set_yscale("log")
@@ -164,9 +164,9 @@ def kept_channels(plan: Plan, keep: Mapping[str, np.ndarray]) -> Figure:
     full, kept = plan.counts(), plan.counts(keep)
     share = kept / full
     place = np.arange(len(names))
-    figure = _figure(7.6, 0.21 * len(names) + 0.6)
+    figure = blank_figure(7.6, 0.21 * len(names) + 0.6)
     axes = figure.subplots()
-    _plain(axes)
+    plain_axes(axes)
     axes.barh(place, 1.0, color=PALE, height=0.72)
     axes.barh(place, share, color=ACCENT, height=0.72)
     for y, (k, n) in enumerate(zip(kept.tolist(), full.tolist(), strict=True)):

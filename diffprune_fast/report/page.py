@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
+import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..checkpoint.manifest import versions
 from .table import Measured, lines, seeds_in_words, stages_of
@@ -16,7 +19,11 @@ from .table import Measured, lines, seeds_in_words, stages_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..result import PruneResult
+
+class Told(Protocol):
+    """What can say how it came to be: a result of pruning."""
+
+    def facts(self) -> dict[str, str]: ...
 
 
 def write_report(
@@ -27,10 +34,12 @@ def write_report(
     title: str,
     summary: str = "",
     seeds: int = 1,
-    result: PruneResult | None = None,
+    result: Told | None = None,
     notes: Mapping[str, str] | None = None,
+    code: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the page to ``path`` and return it. Images are inside the file, nothing is loaded from elsewhere.
+    """Write the page to ``path`` and return it. Images are inside the file, nothing is loaded from elsewhere; the
+    table's raw numbers are beside it as JSON and CSV.
 
     Args:
         path: of the HTML file; its folder must be there.
@@ -41,6 +50,7 @@ def write_report(
         seeds: that the figures rest on; stands beside the table.
         result: adds what was asked and met, the scoring's trust and time per stage.
         notes: further lines of the last table, heading to text.
+        code: heading to lines that are shown as they are, such as how to load the model.
 
     Returns:
         ``path``.
@@ -64,6 +74,7 @@ def write_report(
     environment = Environment(
         loader=PackageLoader("diffprune_fast.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    path = Path(path)
     html = environment.get_template("page.html.j2").render(
         title=title,
         summary=summary,
@@ -71,13 +82,29 @@ def write_report(
         lines=[(line.heading, zip(line.cells, line.best, strict=True)) for line in lines(rows)],
         seeds=seeds_in_words(seeds),
         headline=headline(rows),
+        code=code or {},
+        data=", ".join(path.with_suffix(suffix).name for suffix in (".json", ".csv")),
         figures=[(heading, embedded(figure), text) for heading, (figure, text) in figures.items()],
-        facts={**_facts_of(result), **(notes or {}), **made_with()},
+        facts={**(result.facts() if result is not None else {}), **(notes or {}), **made_with()},
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    path = Path(path)
     path.write_text(html, encoding="utf-8")
+    write_numbers(path, rows)
     return path
+
+
+def write_numbers(path: Path, rows: Sequence[Measured]) -> None:
+    """Every number of the table, unrounded: ``path`` with .json and .csv in place of its suffix."""
+    path.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("model", "stage", "metric", "value", "deviation"))
+        for row in rows:
+            costs: dict[str, Any] = {"params": row.params, "MACs": row.macs, "s/image": row.seconds_per_image}
+            writer.writerows((row.name, "", metric, value, "") for metric, value in costs.items() if value is not None)
+            for stage, figures in row.stages.items():
+                for metric, value in figures.items():
+                    writer.writerow((row.name, stage, metric, value, row.deviation(stage, metric) or ""))
 
 
 def headline(rows: Sequence[Measured]) -> list[tuple[str, str]]:
@@ -109,32 +136,6 @@ def embedded(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _facts_of(result: PruneResult | None) -> dict[str, str]:
-    if result is None:
-        return {}
-    facts = {}
-    if result.selection is not None:
-        facts["asked for"] = result.selection.asked
-        facts["met"] = result.selection.met
-        for i, note in enumerate(result.selection.notes):
-            facts["note" if i == 0 else f"note {i + 1}"] = note
-        facts["ranking"] = result.selection.ranking
-        facts["allocation"] = result.selection.allocation
-    facts["norm groups"] = result.norm_groups
-    if result.compensation is not None:
-        facts["compensation"] = str(result.compensation).splitlines()[0]
-    if result.scores is not None:
-        scores = result.scores
-        facts["scores"] = f"{scores.criterion}, estimator {scores.estimator}, {scores.samples} samples"
-        if scores.agreement is not None:
-            facts["split-half agreement"] = f"{scores.agreement:.3f} (two halves of the samples, same kept units)"
-    if result.seconds:
-        facts["time"] = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-    if result.seed is not None:
-        facts["seed"] = str(result.seed)
-    return facts
 
 
 def made_with() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ class Measured:
     seconds_per_image: wall clock; None: not measured, shown as a dash. stages: what was done to the model so far
     ("sliced", "compensated", …) to what was measured of it then ("loss", "SSIM", …), in the order of the table. A model
     that has no stages, such as the original, has one without a name: its figures stand beside those of every stage.
+    deviations: of figures that are means over seeds, in the same form.
     """
 
     name: str
@@ -24,10 +25,15 @@ class Measured:
     macs: int
     seconds_per_image: float | None = None
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    deviations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def figure(self, stage: str, metric: str) -> float | None:
         """What was measured at that stage, if it was."""
         return self.stages.get(stage, self.stages.get("", {})).get(metric)
+
+    def deviation(self, stage: str, metric: str) -> float | None:
+        """That figure's standard deviation over the seeds, if there are several."""
+        return self.deviations.get(stage, self.deviations.get("", {})).get(metric)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,10 @@ def lines(rows: Sequence[Measured]) -> list[Line]:
         for stage in names:
             figures = [row.figure(stage, metric) for row in rows]
             heading = f"{metric}, {stage}" if stage else metric
-            found.append(_line(heading, figures, DECIMALS.get(metric), higher=metric in HIGHER_IS_BETTER))
+            line = _line(heading, figures, DECIMALS.get(metric), higher=metric in HIGHER_IS_BETTER)
+            spread = [row.deviation(stage, metric) for row in rows]
+            cells = (cell if x is None else f"{cell} ± {x:.2g}" for cell, x in zip(line.cells, spread))
+            found.append(replace(line, cells=tuple(cells)))
     return found
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..architectures.layers import CONVOLUTIONS, TRANSPOSED
 from ..objective.batches import count
-from ..objective.nested import tensors_in
+from ..objective.outputs import outputs_seen
 from ..objective.randomness import generator_for
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..plan.plan import Member, Plan
@@ -33,8 +32,6 @@ PROBES = 4
 # before any compensation; the same passes as the loss's, above its threshold, in draws of 32: 0.089).
 SAMPLES_OF_A_DRAW = 4
 SAMPLES = 512
-# Objectives that call methods or parts of the model in place of its forward.
-CALLS_PARTS = ("reconstruction", "loss_fn")
 
 
 def consumer_table(plan: Plan, model: nn.Module) -> UnitTable:
@@ -101,33 +98,22 @@ class Probe:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._modules = list(work.model.modules()) if work.objective.kind in CALLS_PARTS else [work.model]
         self._generator = torch.Generator()
-        self._depth = 0
         self._product: Tensor | None = None
 
     def forward(self, k: int, loss: Callable[[], Tensor]) -> Tensor | None:
         """The product with the random numbers of micro-batch ``k``; None where ``loss`` called nothing."""
-        self._generator, self._depth, self._product = generator_for(self._work.seed, PROBES, k), 0, None
-        handles = [h for m in self._modules for h in self._hooked(m)]
+        self._generator, self._product = generator_for(self._work.seed, PROBES, k), None
         try:
-            loss()
+            with outputs_seen(self._work.model, self._work.objective.kind, self._see):
+                loss()
             return self._product
         finally:
             self._product = None
-            for handle in handles:
-                handle.remove()
 
-    def _hooked(self, module: nn.Module) -> tuple[Any, Any]:
-        return module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)
-
-    def _enter(self, *_: object) -> None:
-        self._depth += 1
-
-    def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
-        self._depth -= 1
-        outputs = [y for y in tensors_in(output) if y.is_floating_point() and y.requires_grad and y.numel()]
-        if self._depth or not outputs:
+    def _see(self, outputs: list[Tensor]) -> None:
+        outputs = [y for y in outputs if y.requires_grad]
+        if not outputs:
             return
         samples = outputs[0].shape[0] if outputs[0].ndim else 1
         size = sum(y.numel() for y in outputs) / samples

@@ -42,6 +42,22 @@ class LossCurve:
 
 
 @dataclass(frozen=True)
+class Sensitivities:
+    """What the model's output loses when one cluster of groups alone is pruned and compensated.
+
+    shares: ``(n_groups, n_points)`` float64, the shares of a group's units that went, rising; NaN where there are fewer
+    points, or none for a group that stays whole. damage: ``(n_groups, n_points)`` float64, the mean squared change of
+    the output. Groups that a constraint ties have the same. samples: inputs that layers were solved from. seconds:
+    wall-clock time.
+    """
+
+    shares: np.ndarray
+    damage: np.ndarray
+    samples: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Scores:
     """One importance per unit; the lowest are the first to go.
 
@@ -51,7 +67,8 @@ class Scores:
     curve: the loss over the timesteps, None where it wasn't needed.
     damage: ``(plan.n_units,)`` float64, the estimated mean squared change of the model's output when the unit's
     consumers lose it (Gauss-Newton), which compares between groups where ``values`` only order the units inside one;
-    None without a loader, or where the model's output could not be seen.
+    None without a loader, or where the model's output could not be seen. sensitivities: what clusters of groups cost
+    when they are tried, see :func:`~diffprune_fast.sensitivity.measure_sensitivities`; None where they weren't.
     """
 
     values: np.ndarray
@@ -65,6 +82,7 @@ class Scores:
     curve: LossCurve | None = None
     variant: str | None = None
     damage: np.ndarray | None = None
+    sensitivities: Sensitivities | None = None
 
     def of(self, plan: Plan, name: str) -> np.ndarray:
         """The scores of one group's units, ``(n_units,)``. Raises KeyError for a group that the plan doesn't have."""
@@ -95,7 +113,8 @@ class Scores:
 def rehearsed_scores(plan: Plan) -> Scores:
     """Scores that mean nothing but have everything, for trying out what would be done with real ones."""
     values = np.random.default_rng(0).random(plan.n_units)
-    return Scores(values, "none", "random", 0, damage=values)
+    tried = Sensitivities(np.full((len(plan.groups), 1), 0.5), np.ones((len(plan.groups), 1)))
+    return Scores(values, "none", "random", 0, damage=values, sensitivities=tried)
 
 
 def keep_set_agreement(plan: Plan, a: np.ndarray, b: np.ndarray, ratio: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from ..ops.channel_scores import ScoreEntry, ScoreTable
 from ..plan.plan import Member, Plan
+
+# Subsets kept: several times the buckets of a backward of SDXL's UNet (some 160).
+REMEMBERED = 512
 
 
 @dataclass
@@ -24,7 +28,9 @@ class UnitTable:
     names: tuple[str, ...]
     table: ScoreTable
     _of: dict[str, list[int]] = field(default_factory=dict, repr=False)
-    _subsets: dict[tuple[str, ...], tuple[tuple[str, ...], ScoreTable]] = field(default_factory=dict, repr=False)
+    _subsets: OrderedDict[tuple[int, ...], tuple[tuple[str, ...], ScoreTable]] = field(
+        default_factory=OrderedDict, repr=False
+    )
 
     def __post_init__(self) -> None:
         for i, name in enumerate(self.names):
@@ -40,11 +46,16 @@ class UnitTable:
         return self.table.n_units
 
     def subset(self, parameters: Iterable[str]) -> tuple[tuple[str, ...], ScoreTable]:
-        """The entries of some parameters: names in the entries' order, and their table. Kept for the next call."""
-        key = tuple(parameters)
+        """The entries of some parameters, in whatever order those come: the names of the entries, and their table.
+
+        The last ones are kept, as every table holds memory on its device.
+        """
+        key = tuple(sorted(i for name in parameters for i in self._of.get(name, ())))
         if key not in self._subsets:
-            indices = [i for name in key for i in self._of.get(name, ())]
-            self._subsets[key] = (tuple(self.names[i] for i in indices), self.table.subset(indices))
+            self._subsets[key] = (tuple(self.names[i] for i in key), self.table.subset(key))
+            while len(self._subsets) > REMEMBERED:
+                self._subsets.popitem(last=False)
+        self._subsets.move_to_end(key)
         return self._subsets[key]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..plan.lattice import Lattice, Ranking
 from ..plan.plan import Plan
+from ..scoring.scores import Sensitivities
 from .search import Unreachable
 
 Curves = Sequence[np.ndarray]
@@ -27,6 +28,8 @@ USES_OF_AN_EMBEDDING = 2.0
 # consumers are solved anew. Of the other clusters it says some 12 times the sliced change, which solving makes 2 to 50
 # times smaller: about 15 to 80 times less of an overestimate. The sixteenth errs towards keeping.
 EMBEDDING_DISCOUNT = 1 / 16
+# What is below this share of the largest damage is nothing.
+RESOLUTION = 1e-9
 
 
 def coherent_curves(order: Ranking, damage: np.ndarray) -> list[np.ndarray]:
@@ -41,6 +44,32 @@ def coherent_curves(order: Ranking, damage: np.ndarray) -> list[np.ndarray]:
     at = first[of.cluster[of.atom_group]][of.atom] + order.level
     roots = np.bincount(at, weights=np.sqrt(damage), minlength=int(first[-1]))
     return [np.concatenate([[0.0], np.cumsum(roots[start:stop])])[::-1] ** 2 for start, stop in pairwise(first)]
+
+
+def measured_curves(of: Lattice, sensitivities: Sensitivities, forecast: Curves | None = None) -> list[np.ndarray]:
+    """The same from trials of every cluster: the forecast's curves, bent so that they go through what was measured.
+
+    forecast: see :func:`coherent_curves`; None is the square of the share gone. Between two trials the logarithm of
+    their ratio to the forecast is interpolated, beyond the ends it is that of the nearest. A cluster that wasn't tried,
+    and so stays as it is told, costs nothing.
+    """
+    curves = []
+    known = sensitivities.damage[~np.isnan(sensitivities.damage)]
+    least = max(RESOLUTION * known.max(initial=0.0), np.finfo(float).tiny)
+    for c, q in enumerate(of.levels.tolist()):
+        g = int(np.flatnonzero(of.cluster == c)[0])
+        tried = ~np.isnan(sensitivities.shares[g])
+        gone = 1 - np.arange(q + 1) / q
+        if not tried.any():
+            curves.append(np.zeros(q + 1))
+            continue
+        shares, damage = sensitivities.shares[g][tried], np.maximum(sensitivities.damage[g][tried], least)
+        shape = gone**2 if forecast is None else forecast[c]
+        shape = shape + RESOLUTION * max(float(shape.max()), least) * gone**2  # nowhere nothing but where all stays
+        ratio = np.log(damage / np.interp(shares, gone[::-1], shape[::-1]))
+        bent = shape * np.exp(np.interp(gone, shares, ratio))
+        curves.append(np.maximum.accumulate(bent[::-1])[::-1])
+    return curves
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,18 @@ class Budget:
 
 
 def parse_budget(asked: Mapping[str, float | None]) -> Budget:
-    """Read one budget from ``{"ratio": ..., "params": ..., "macs": ...}``; None is not asked, nothing is ratio 0.3.
+    """:func:`parse_budgets` where there may be only one of them."""
+    found = parse_budgets(asked)
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(map(str, found))}: give one budget, not {len(found)}")
+    return found[0]
 
-    Raises TypeError for a name that isn't a budget or a value that isn't a number; ValueError for two budgets at once
-    or a value out of range.
+
+def parse_budgets(asked: Mapping[str, float | None]) -> tuple[Budget, ...]:
+    """Read budgets from ``{"ratio": ..., "params": ..., "macs": ...}``; None is not asked, nothing is ratio 0.3.
+
+    Raises TypeError for a name that isn't a budget or a value that isn't a number; ValueError for a ratio beside
+    another budget or a value out of range.
     """
     for name in asked:
         if name not in BUDGETS:
@@ -60,12 +68,13 @@ def parse_budget(asked: Mapping[str, float | None]) -> Budget:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise TypeError(f"{name!r} is not a budget{hint}: give one of {', '.join(BUDGETS)}")
     given = {name: value for name, value in asked.items() if value is not None}
-    if len(given) > 1:
+    if len(given) > 1 and "ratio" in given:
         both = " and ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"{both}: give one budget, not {len(given)}")
-    if not given:
-        return Budget("ratio", DEFAULT_RATIO)
-    ((name, value),) = given.items()
+        raise ValueError(f"{both}: give one budget, not {len(given)} (params and macs can be combined)")
+    return tuple(_parsed(name, value) for name, value in given.items()) or (Budget("ratio", DEFAULT_RATIO),)
+
+
+def _parsed(name: str, value: float) -> Budget:
     check_number(name, value)
     if name == "ratio":
         check_ratio("ratio", value)

@@ -11,6 +11,7 @@ from ..choices import Allocation, Offsets, RankingName, Rounding
 class SelectOptions(TypedDict, total=False):
     """The keywords of :func:`select` that :func:`score_and_prune` hands on."""
 
+    counts: Mapping[str, int] | None
     ranking: RankingName | None
     allocation: Allocation | None
     round_to: int | None

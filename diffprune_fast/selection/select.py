@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +13,11 @@ from ..choices import Allocation, NormGroups, Offsets, RankingName, Rounding, ch
 from ..plan.lattice import Lattice, Ranking, lattice, rank_units
 from ..plan.plan import Plan
 from . import search
-from .allocation import Curves, Resource, allocate, coherent_curves, discounted
-from .budgets import UNITS, Budget, BudgetError, check_number, check_ratio, match_groups, parse_budget
+from .allocation import Curves, Resource, allocate, coherent_curves, discounted, measured_curves
+from .budgets import UNITS, Budget, BudgetError, check_number, check_ratio, match_groups, parse_budgets
+from .counting import keep_of_counts
 from .ranking import check_scores, normalised
+from .words import asked_and_met, cost_of, named, notes_on, smallest_step, unreachable, why_nothing
 
 if TYPE_CHECKING:
     from ..scoring.scores import Scores
@@ -50,6 +53,7 @@ def select(
     ratio: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    counts: Mapping[str, int] | None = None,
     ranking: RankingName | None = None,
     allocation: Allocation | None = None,
     round_to: int | None = 8,
@@ -67,12 +71,15 @@ def select(
         scores: ``(plan.n_units,)`` by plan-wide unit id, or what :func:`score` gave; inside a group the
             lowest go first.
         ratio: share of units that goes (0.3 when no budget is given).
-        params, macs: what stays, as a share (0.5) or a number (3_400_000_000); met from below. One of the three.
+        params, macs: what stays, as a share (0.5) or a number (3_400_000_000); met from below. Both may be given, or
+            one of the three.
+        counts: in place of a budget, how many units each group keeps, by name; the others stay whole.
         ranking: ``"local"`` takes the same share of every group, ``"global"`` lets the groups share the
             budget. None is local for a ratio, global for params and macs.
         allocation: how they share it. ``"gauss-newton"``: by the damage to the model's output that ``Scores`` estimate,
-            the least for what it saves. ``"mean"``: by the scores, each divided by its group's mean, which says little
-            about the damage. None is gauss-newton where the scores have their damage.
+            the least for what it saves. ``"measured"``: that damage corrected by trials of every cluster, see
+            :func:`~diffprune_fast.sensitivity.measure_sensitivities`. ``"mean"``: by the scores, each divided by its
+            group's mean, which says little about the damage. None is gauss-newton where the scores have their damage.
         round_to: widths become multiples of so many channels where the constraints leave that choice; None or 1: any.
         norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
         offsets: ``"independent"`` keeps equally many units in every norm group or head, ``"same"`` the same offsets.
@@ -102,41 +109,57 @@ def select(
 
     Source: Fang, Ma and Wang, "Structural Pruning for Diffusion Models", NeurIPS 2023 (local ratio).
     """
-    budget = parse_budget({"ratio": ratio, "params": params, "macs": macs})
+    if counts is not None:
+        if any(given is not None for given in (ratio, params, macs, rounding)) or ratios or ignore:
+            raise ValueError("counts say how many units every group keeps: leave out budgets, ratios and ignore")
+        return _by_counts(plan, scores, counts, norm_groups, offsets)
+    budgets = parse_budgets({"ratio": ratio, "params": params, "macs": macs})
+    budget = budgets[0]
     ranking = ranking or ("local" if budget.kind == "ratio" else "global")
     _check_options(budget, ranking, round_to, norm_groups, rounding, max_ratio)
     values = check_scores(plan, scores if isinstance(scores, np.ndarray) else scores.values)
-    damage, used = _allocation(plan, scores, ranking, allocation)
+    used = _allocation(scores, ranking, allocation)
 
     allowed = lattice(plan, norm_groups, 1 if rounding == "reference" else round_to or 1)
     order = rank_units(allowed, values, offsets)
     own, notes = _own_ratios(plan, allowed, ratios or {}, ignore)
     free = np.isnan(own) & np.array([len(c) > 1 for c in allowed.allowed], bool)
     if not (free.any() or (own > 0).any()):
-        raise BudgetError(f"{budget} can't be met: no group of {plan.model_class} may be pruned ({_why(plan, ignore)})")
+        raise BudgetError(
+            f"{budget} can't be met: no group of {plan.model_class} may be pruned ({why_nothing(plan, ignore)})"
+        )
 
     if budget.kind == "ratio" and ranking == "local":
         shares = np.where(np.isnan(own), budget.value, own)
         chosen = _by_ratio(allowed, shares, rounding)
         if (chosen == allowed.levels).all():
-            raise BudgetError(f"{budget} removes nothing: {_smallest_step(allowed, free)}")
+            raise BudgetError(f"{budget} removes nothing: {smallest_step(allowed, free)}")
     else:
-        curves = None
-        if damage is not None:
-            curves = coherent_curves(order, discounted(plan, allowed, damage) if budget.kind == "params" else damage)
-        chosen = _by_search(plan, allowed, order, values, budget, ranking, own, max_ratio, curves)
-    counts = allowed.counts(chosen)
-    notes += _notes(plan, allowed, budget, chosen, free, rounding)
-    notes += _on_allocation(plan, budget, ranking, allocation, used, counts)
+        curves_for = partial(_curves, plan, allowed, order, scores, used)
+        chosen = _in_turn(plan, allowed, order, values, budgets, ranking, own, max_ratio, curves_for)
+    kept = allowed.counts(chosen)
+    notes += notes_on(plan, allowed, budget, chosen, free, rounding)
+    notes += _on_allocation(plan, budget, ranking, allocation, used, kept)
     keep = plan.keep_of(order.kept(chosen))
-    asked, met = _words(plan, allowed, budget, counts, free)
+    said = [asked_and_met(plan, allowed, one, kept, free) for one in budgets]
+    asked, met = " and ".join(one for one, _ in said), said[0][1]
     return Selection(keep, asked, met, norm_groups, ranking, tuple(notes), used)
 
 
-def _allocation(
-    plan: Plan, scores: Scores | np.ndarray, ranking: str, asked: Allocation | None
-) -> tuple[np.ndarray | None, str]:
-    """The damage to allocate by, if that is how it is done, and the name of how it is done."""
+def _by_counts(
+    plan: Plan, scores: Scores | np.ndarray, counts: Mapping[str, int], norm_groups: NormGroups, offsets: Offsets
+) -> Selection:
+    values = check_scores(plan, scores if isinstance(scores, np.ndarray) else scores.values)
+    keep, kept = keep_of_counts(plan, values, counts, norm_groups, offsets)
+    asked, met = "the counts of every group", cost_of(plan, kept)
+    return Selection(keep, asked, met, norm_groups, "local", (), "as counted")
+
+
+def _allocation(scores: Scores | np.ndarray, ranking: str, asked: Allocation | None) -> str:
+    """How the groups share the budget: ``asked``, or the best that the scores allow.
+
+    Raises ValueError where the scores lack what it goes by.
+    """
     if asked is not None:
         check_choice("allocation", asked, Allocation)
     if ranking == "local":
@@ -145,19 +168,40 @@ def _allocation(
                 f"allocation={asked!r} says how groups share a budget, but a local ranking takes the same share of "
                 "every group: ask for macs or params, or for ranking='global'"
             )
-        return None, "uniform"
-    damage = None if isinstance(scores, np.ndarray) else scores.damage
-    if asked == "mean" or (asked is None and damage is None):
-        return None, "mean"
-    if damage is None:
+        return "uniform"
+    damage, tried = (None, None) if isinstance(scores, np.ndarray) else (scores.damage, scores.sensitivities)
+    if asked == "gauss-newton" and damage is None:
         raise ValueError(
             "allocation='gauss-newton' needs scores with their damage: score with a loader and damage=True "
             "(or choose allocation='mean')"
         )
-    damage = check_scores(plan, damage)
-    if (damage < 0).any():
-        raise ValueError(f"{int((damage < 0).sum())} damages are below zero: they are squared changes of the output")
-    return damage, "gauss-newton"
+    if asked == "measured" and tried is None:
+        raise ValueError(
+            "allocation='measured' needs scores with their sensitivities: what measure_sensitivities gives, or a "
+            "loader for score_and_prune"
+        )
+    return asked or ("mean" if damage is None else "gauss-newton")
+
+
+def _curves(
+    plan: Plan, of: Lattice, order: Ranking, scores: Scores | np.ndarray, used: str, kind: str
+) -> Curves | None:
+    """What each cluster's output loses, by kept levels; None where the budget isn't shared by that."""
+    if isinstance(scores, np.ndarray) or used not in ("gauss-newton", "measured"):
+        return None
+    forecast = None
+    if scores.damage is not None:
+        damage = check_scores(plan, scores.damage)
+        if (damage < 0).any():
+            raise ValueError(
+                f"{int((damage < 0).sum())} damages are below zero: they are squared changes of the output"
+            )
+        discount = kind == "params" and used == "gauss-newton"
+        forecast = coherent_curves(order, discounted(plan, of, damage) if discount else damage)
+    if used == "gauss-newton":
+        return forecast
+    assert scores.sensitivities is not None
+    return measured_curves(of, scores.sensitivities, forecast)
 
 
 def _on_allocation(
@@ -217,7 +261,7 @@ def _own_ratios(
     notes = []
     if differs.any():
         notes.append(
-            f"{_named(plan, differs)} follow the ratio of groups that a constraint ties them to "
+            f"{named(plan, differs)} follow the ratio of groups that a constraint ties them to "
             f"(the smallest among them: {', '.join(sorted({f'{t:g}' for t in tied[differs]}))})"
         )
     return lowest, notes
@@ -234,6 +278,33 @@ def _by_ratio(of: Lattice, shares: np.ndarray, rounding: str | None) -> np.ndarr
     return chosen
 
 
+def _in_turn(
+    plan: Plan,
+    of: Lattice,
+    order: Ranking,
+    values: np.ndarray,
+    budgets: Sequence[Budget],
+    ranking: str,
+    own: np.ndarray,
+    max_ratio: float,
+    curves_for: Callable[[str], Curves | None],
+) -> np.ndarray:
+    """Kept levels per cluster that meet all budgets: one after the other, each within what the one before left.
+
+    Of both orders the one that damages less; the first, where there is no damage to go by.
+    """
+    found = []
+    whole = curves_for("macs")
+    for turns in [budgets, budgets[::-1]][: 1 if whole is None else len(budgets)]:
+        most = of.levels
+        for budget in turns:
+            most = _by_search(plan, of, order, values, budget, ranking, own, max_ratio, curves_for(budget.kind), most)
+        found.append(most)
+    if len(found) == 1 or whole is None:
+        return found[0]
+    return min(found, key=lambda chosen: sum(curve[level] for curve, level in zip(whole, chosen.tolist())))
+
+
 def _by_search(
     plan: Plan,
     of: Lattice,
@@ -244,11 +315,13 @@ def _by_search(
     own: np.ndarray,
     max_ratio: float,
     curves: Curves | None,
+    most: np.ndarray,
 ) -> np.ndarray:
+    """Kept levels per cluster that meet one budget, nowhere above ``most``."""
     choices = []
     for c, all_of_it in enumerate(of.allowed):
         if np.isnan(own[c]):
-            choices.append(all_of_it[all_of_it >= (1 - max_ratio) * of.levels[c] - 1e-9])
+            choices.append(all_of_it[(all_of_it >= (1 - max_ratio) * of.levels[c] - 1e-9) & (all_of_it <= most[c])])
         else:
             choices.append(search.nearest(all_of_it, (1 - own[c]) * of.levels[c]).reshape(1))
     if ranking == "global":
@@ -283,80 +356,4 @@ def _by_search(
             return allocate(choices, curves, Resource.of(plan, of, budget.kind, free), limit)
         return search.meet(of, choices, level_scores, cost, limit)
     except search.Unreachable as e:
-        raise BudgetError(_unreachable(budget, whole, e.least, max_ratio)) from None
-
-
-def _unreachable(budget: Budget, whole: int, least: float, max_ratio: float) -> str:
-    what = UNITS.get(budget.kind, "units")
-    reach = f"{int(least):,} of {whole:,} {what} ({least / max(whole, 1):.3f})"
-    if budget.kind == "ratio":
-        reach += f", a ratio of {1 - least / max(whole, 1):.3f}"
-    return (
-        f"{budget} can't be met: with these constraints, patterns, rounding and max_ratio={max_ratio:g} one gets down "
-        f"to {reach}"
-    )
-
-
-def _smallest_step(of: Lattice, free: np.ndarray) -> str:
-    steps = [1 - c[-2] / q for c, q, f in zip(of.allowed, of.levels.tolist(), free, strict=True) if f]
-    if not steps:
-        return "the groups that may be pruned have ratios of their own that round to nothing"
-    return f"the finest step that constraints and rounding allow removes {min(steps):.3f} of a group"
-
-
-def _why(plan: Plan, ignore: Sequence[str]) -> str:
-    if not plan.groups:
-        reasons = sorted(set(plan.frozen.values()))
-        return "everything is frozen" + (f": {reasons[0]}" if reasons else "")
-    return "ignore names all that could be" if ignore else "constraints tie everything to channels that must stay"
-
-
-def _words(plan: Plan, of: Lattice, budget: Budget, counts: np.ndarray, free: np.ndarray) -> tuple[str, str]:
-    left, whole = plan.complexity(counts), plan.complexity()
-    cost = (
-        f"{left.params / 1e6:.2f}M of {whole.params / 1e6:.2f}M parameters ({left.params / max(whole.params, 1):.3f}), "
-        f"{left.macs / 1e9:.4g} of {whole.macs / 1e9:.4g} GMACs ({left.macs / max(whole.macs, 1):.3f})"
-    )
-    if budget.kind == "ratio":
-        return f"{budget} of the units", f"ratio={_removed(of, counts, free):.3f} of the units; {cost}"
-    all_of_it = whole.params if budget.kind == "params" else whole.macs
-    return f"{budget} ({int(budget.limit(all_of_it)):,} of {all_of_it:,})", cost
-
-
-def _removed(of: Lattice, counts: np.ndarray, free: np.ndarray) -> float:
-    """The share of units that goes, of the groups that the budget may take from."""
-    sizes, mine = of.group_sizes, free[of.cluster]
-    return 1 - float(counts[mine].sum()) / float(sizes[mine].sum()) if mine.any() else 0.0
-
-
-def _notes(
-    plan: Plan, of: Lattice, budget: Budget, chosen: np.ndarray, free: np.ndarray, rounding: str | None
-) -> list[str]:
-    notes = []
-    met = _removed(of, of.counts(chosen), free)
-    if budget.kind == "ratio" and abs(met - budget.value) > 0.005:
-        why = "widths move in the steps that constraints"
-        why += f" and round_to={of.asked_rounding} allow" if of.asked_rounding > 1 else " allow"
-        if rounding == "reference":
-            why = "the reference rounds down, per norm group or head"
-        notes.append(f"{met:.1%} of the units go instead of {budget.value:.1%}: {why}")
-    tied = np.array([len(c) == 1 for c in of.allowed], bool)
-    whole = (chosen == of.levels) & free
-    if budget.kind == "ratio" and whole.any():
-        notes.append(f"{_named(plan, whole[of.cluster])} stay whole: their next step is further than the asked ratio")
-    if tied.any():
-        notes.append(f"{_named(plan, tied[of.cluster])} stay whole: constraints leave them no other width")
-    loose = (of.rounded < of.asked_rounding) & ~tied & (chosen < of.levels)
-    if loose.any():
-        to = ", ".join(str(r) for r in np.unique(of.rounded[loose]))
-        notes.append(
-            f"{_named(plan, loose[of.cluster])}: widths are multiples of {to}, not of {of.asked_rounding}; "
-            "constraints leave no such choice"
-        )
-    return notes
-
-
-def _named(plan: Plan, mask: np.ndarray) -> str:
-    names = [plan.groups[g].name for g in np.flatnonzero(mask)]
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} group{'s' if len(names) > 1 else ''} ({shown})"
+        raise BudgetError(unreachable(budget, whole, e.least, max_ratio)) from None

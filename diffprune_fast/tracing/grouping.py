@@ -40,6 +40,7 @@ def build_plan(model: nn.Module, walk: Walk) -> Plan:
         attributes=attributes,
         costs=costs,
         extents=extents,
+        notes=tuple(walk.notes),
     )
 
 

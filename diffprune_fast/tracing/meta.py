@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -20,72 +17,46 @@ from .labels import Labels
 from .notes import note_on, read_note
 
 
-class RealNumbers(TorchFunctionMode):
-    """Tensors that a forward makes of numbers of its own stay real where it asks for them on meta: they count."""
+class LikeADevice(TorchFunctionMode):
+    """In a walk, tensors say that they are where the model is: a branch on that is the branch of any other call.
+
+    And tensors that a forward makes of numbers of its own stay real where it asks for them on its device: they count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _WHERE:
+            return _WHERE[func](self.device)
         if func not in _MADE_OF_NUMBERS or (args and func is torch.as_tensor and isinstance(args[0], Tensor)):
             return func(*args, **kwargs)
         if func is Tensor.new_tensor:
-            kwargs = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
+            kwargs = {"dtype": args[0].dtype, **kwargs}
             args = args[1:]
         kwargs = {**dict(zip(("dtype", "device"), args[1:])), **kwargs}
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
-            kwargs["device"] = "cpu"
-        return torch.tensor(*args[:1], **kwargs)
+        return torch.tensor(*args[:1], **{**kwargs, "device": "cpu"})
 
 
 _MADE_OF_NUMBERS = frozenset((torch.tensor, torch.as_tensor, Tensor.new_tensor))
 
 
-class _AutocastOnMeta:
-    """``torch.autocast("meta")`` does nothing in a thread that walks a model; elsewhere it is what it was.
-
-    Autocast refuses a device that it doesn't know before it asks any mode, so its ``__init__`` is replaced for as long
-    as any thread walks.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._walks: Counter[int] = Counter()  # by thread
-        self._init: Any = None
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        me = threading.get_ident()
-        with self._lock:
-            if not self._walks:
-                self._init, torch.autocast.__init__ = torch.autocast.__init__, self._replacement()  # type: ignore[method-assign]
-            self._walks[me] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._walks -= Counter((me,))
-                if not self._walks:
-                    torch.autocast.__init__ = self._init  # type: ignore[method-assign]
-
-    def _replacement(self) -> Any:
-        init = torch.autocast.__init__
-
-        def autocast(this: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
-            if device_type == "meta" and threading.get_ident() in self._walks:
-                init(this, "cpu", enabled=False)
-            else:
-                init(this, device_type, *args, **kwargs)
-
-        return autocast
+# What a tensor says of where it is, by the device that it is to be on.
+_WHERE: dict[Any, Callable[[torch.device], Any]] = {
+    Tensor.device.__get__: lambda device: device,
+    Tensor.is_meta.__get__: lambda device: False,  # type: ignore[attr-defined]
+    Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
+    Tensor.get_device: lambda device: -1 if device.type == "cpu" else device.index or 0,
+}
 
 
-_autocast = _AutocastOnMeta()
-
-
-@contextmanager
-def like_a_device() -> Iterator[None]:
-    """In this thread, meta takes numbers and autocast as other devices do (labels have no dtype to cast to)."""
-    with RealNumbers(), _autocast.disabled():
-        yield
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; the CPU for one that is on meta itself."""
+    held = (t.device for t in (*model.parameters(), *model.buffers()))
+    return next((d for d in held if d.type != "meta"), torch.device("cpu"))
 
 
 def to_meta(tree: Any) -> Any:
@@ -106,25 +77,6 @@ def inputs_on_meta(tree: Any) -> Any:
         return torch.empty(t.shape, dtype=t.dtype, device="meta") if t.is_floating_point() else t
 
     return tree_map_only(Tensor, moved, tree)
-
-
-def outputs_in(tree: Any, seen: set[int]) -> Iterator[Tensor]:
-    """All tensors in whatever a forward returned (diffusers' outputs and distributions are plain objects)."""
-    if isinstance(tree, Tensor):
-        yield tree
-        return
-    if id(tree) in seen:
-        return
-    seen.add(id(tree))
-    if isinstance(tree, dict):
-        for x in tree.values():
-            yield from outputs_in(x, seen)
-    elif isinstance(tree, (list, tuple)):
-        for x in tree:
-            yield from outputs_in(x, seen)
-    elif is_dataclass(tree) or hasattr(tree, "__dict__"):
-        for x in vars(tree).values():
-            yield from outputs_in(x, seen)
 
 
 @contextmanager

@@ -37,12 +37,14 @@ class TensorNote:
 
     labels: which channel each element belongs to. parameter: the name of the parameter or buffer that it stands for.
     content: what is in it, if the forward made it of numbers alone. statistic: the mean over channels that it holds.
+    made: whether the walk saw how the values that it holds were made.
     """
 
     labels: Labels | None = None
     parameter: str | None = None
     content: Content | None = None
     statistic: Statistic | None = None
+    made: bool = False
 
 
 _NOTHING = TensorNote()

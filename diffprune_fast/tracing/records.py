@@ -45,7 +45,7 @@ class Step:
 
     values: its numbers. contents: shape and checksum of real tensors that it brings among activations. sizes and
     labels: of its outputs. read and operands: sizes and labels of the tensors that it reads. groups: a GroupNorm's
-    groups and channels.
+    groups and channels. written: sizes of what it writes into, and of the memory that this is a part of.
     """
 
     op: Any
@@ -58,6 +58,7 @@ class Step:
     operands: tuple[Labels | None, ...]
     labelled: bool
     groups: tuple[int, int] | None = None
+    written: tuple[tuple[int, ...], int] | None = None
 
     @property
     def place(self) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .constants import varying_shape
 from .labels import Labels
+from .notes import note_on, read_note
 from .records import Step, _Sizes
 from .walk import Walk
 
@@ -56,7 +57,7 @@ _PICKS = frozenset(("slice", "select", "narrow", "index_select"))
 _ANY_SIZE = frozenset(("index_put_",))
 
 
-# Real tensors that are larger are tables; what makes them is noted as well.
+# Real tensors that are larger are tables; what makes them is noted as well, unless they come from elsewhere (NumPy).
 _SMALL = 4096
 
 
@@ -94,9 +95,13 @@ def record_step(walk: Walk, op: Any, args: Any, kwargs: Any, tensors: Sequence[T
     operands = tuple([walk.labels(t) for t in tensors])
     labelled = any(x is not None for x in operands)
     contents: tuple[tuple[tuple[int, ...], int], ...] = ()
+    if all(read_note(t).made for t in tensors if not t.is_meta):
+        for o in outs:
+            if not o.is_meta:
+                note_on(o).made = True
     real = [t for t in tensors if not t.is_meta]
     if real and (len(real) < len(tensors) or any(o.is_meta for o in outs)):
-        contents = tuple([_content(t) for t in real if t.numel() <= _SMALL])
+        contents = tuple([_content(t) for t in real if t.numel() <= _SMALL or not read_note(t).made])
     values = tuple([_plain(a) for a, counted in zip(args, counts) if counted])
     if kwargs:
         values += tuple([(n, _plain(v)) for n, v in kwargs.items() if n not in ignored])
@@ -112,8 +117,14 @@ def record_step(walk: Walk, op: Any, args: Any, kwargs: Any, tensors: Sequence[T
             operands,
             labelled,
             _norm_groups(op, args, kwargs) if "group_norm" in name else None,
+            _written(args[0]) if op._schema.is_mutable and not labelled and isinstance(args[0], Tensor) else None,
         )
     )
+
+
+def _written(t: Tensor) -> tuple[tuple[int, ...], int]:
+    """The sizes of what an operation writes into, and the size of all that lies in the same memory."""
+    return tuple(t.shape), t.untyped_storage().nbytes() // t.element_size()
 
 
 def _norm_groups(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -132,24 +143,15 @@ def _read(name: str, tensors: Sequence[Tensor]) -> _Sizes:
 
 
 def first_difference(before: Sequence[Step], after: Sequence[Step]) -> tuple[Step, str] | None:
-    """The first operation of a sliced model that computes something else than the unsliced model's, and what.
-
-    Tables that the first walk made, without channels, may be cached since.
-    """
-    expected = iter(before)
-    for step in after:
-        why = ""
-        for other in expected:
-            what = _differs(other, step)
-            if what is None:
-                break
-            why = why or what
-            if other.labelled:
-                return step, why
-        else:
-            return step, why or "an operation"
-    left = next((s for s in expected if s.labelled), None)
-    return None if left is None else (left, "an operation")
+    """The first operation of a sliced model that computes something else than the unsliced model's, and what."""
+    for a, b in zip(before, after):
+        what = _differs(a, b)
+        if what is not None:
+            return (a if a.labelled else b), what
+    if len(before) == len(after):
+        return None
+    longer = before if len(before) > len(after) else after
+    return longer[min(len(before), len(after))], "an operation"
 
 
 def _differs(a: Step, b: Step) -> str | None:
@@ -166,6 +168,8 @@ def _differs(a: Step, b: Step) -> str | None:
     if len(a.sizes) != len(b.sizes):
         return "a number of pieces"
     if not a.labelled:  # what is made of sizes that follow the width has to follow it as well
+        if a.written != b.written and a.written is not None and b.written is not None:
+            return "a size" if a.written[1] == b.written[1] else None
         return "a number" if a.sizes == b.sizes and a.read != b.read else None
     name = a.op.overloadpacket.__name__
     if name in _ANY_SIZE:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from ..architectures.inputs import calls_of
+from ..architectures.inputs import ExampleInputs, calls_of
 from ..choices import Units, check_choice
 from ..plan.plan import Plan
 from .channels import Channels, units_of_channels
 from .graph import Graph
 from .grouping import build_plan
 from .heads import heads_to_take_whole, reach
+from .interface import note_methods
 from .probe import probe_plan
 from .tracer import walk_forward
 
 
-def trace(
-    model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None, *, units: Units = "auto"
-) -> Plan:
+def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, units: Units = "auto") -> Plan:
     """Find which channels of a model must be removed together.
 
     The forward runs once on the meta device: no weight is read, no memory is taken for weights or activations, and
@@ -28,7 +25,8 @@ def trace(
     Args:
         model: any module; diffusers classes make their own ``example_inputs``.
         example_inputs: for other classes the forward's positional arguments as a tuple or its keyword arguments as a
-            dict. Their shapes count, not their values; costs in the plan are those of one forward of them.
+            dict. Their shapes count, not their values; costs in the plan are those of one forward of them. Several
+            calls, where other methods than the forward are used too: a list of ``(method, args, kwargs)``.
         units: what can be removed of an attention. ``"dims"``, single dims of all its heads, equally many of each;
             ``"heads"``, whole heads; ``"auto"``, dims, or heads where some dims have to stay (rotary embeddings, for
             one).
@@ -53,11 +51,13 @@ def trace(
     calls = calls_of(model, example_inputs)
     channels = Channels.of(model)
     walk = walk_forward(model, channels, Graph(channels.total), calls)
+    note_methods(model, walk, calls)
     plan = build_plan(model, walk)
     heads = heads_to_take_whole(walk.attended, units_of_channels(plan, channels), units)
     if heads is None:
         return probe_plan(model, walk, plan, calls)
     again = walk_forward(model, channels, Graph(channels.total, heads=heads), calls)
+    note_methods(model, again, calls)
     by_heads = probe_plan(model, again, build_plan(model, again), calls)
     if units == "heads" or reach(by_heads) >= reach(plan):
         return by_heads

@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..architectures.attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from ..architectures.position_tables import Table, table_of
-from . import constants, scale_folding, spelled_norms, steps
+from . import constants, interface, scale_folding, spelled_norms, steps
+from .caches import nothing_left_outside
 from .channels import Channels
 from .errors import TraceError, explain_failure
 from .graph import Graph
 from .labels import Labels, varying
-from .meta import inputs_on_meta, like_a_device, module_hooks, on_meta, outputs_in
-from .notes import note_on, read_note
+from .meta import LikeADevice, inputs_on_meta, module_hooks, on_meta
+from .notes import note_on
 from .records import Calls
 from .rules import Operation, apply_rule, has_rule
 from .walk import Walk
@@ -49,18 +50,21 @@ class Tracer(TorchDispatchMode):
         Raises whatever the forward does.
         """
         walk = self.walk
-        with on_meta(model, walk.channels, kept), module_hooks(model, self._enter, self._leave), like_a_device():
+        with (
+            nothing_left_outside(model),
+            on_meta(model, walk.channels, kept),
+            module_hooks(model, self._enter, self._leave),
+            LikeADevice(walk.device),
+        ):
+            if any(method == "forward" for method, _, _ in calls):
+                interface.latents_stay(model, walk)
             for method, args, kwargs in calls:
                 f = model if method == "forward" else getattr(model, method)
                 with torch.inference_mode(), self:
                     out = f(*inputs_on_meta(args), **inputs_on_meta(kwargs))
                 walk.stack.clear()
-                for t in outputs_in(out, set()):
-                    statistic = read_note(t).statistic
-                    if statistic is not None:
-                        spelled_norms.freeze_statistic(walk, statistic)
-                    for label_map in walk.maps(t):
-                        walk.graph.freeze(label_map, "is an output of the model")
+                interface.hand_out(walk, out, "is an output of the model")
+            interface.note_attributes(model, walk)
         scale_folding.freeze_unfoldable_heads(walk)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

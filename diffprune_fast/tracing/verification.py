@@ -116,8 +116,8 @@ def verify_sliced(
     Raises:
         VerificationError: it would not run, or channels, norm groups, heads or numbers would not be what they were.
     """
-    channels = Channels.of(model)
-    steps = _unsliced(model, plan, channels, norm_groups, calls) if steps is None else steps
+    channels, given = Channels.of(model), steps is not None
+    steps = steps if steps is not None else _unsliced(model, plan, channels, norm_groups, calls)
     comparison = Comparison(channels, plan, sliced, norm_groups)
     tracer = Tracer(model, channels, comparison)
     walk = tracer.walk
@@ -135,6 +135,8 @@ def verify_sliced(
             ) from error
     comparison.check_edges()
     found = first_difference(steps, walk.steps)
+    if found is not None and given:  # what a forward keeps outside of the model is there since the first walk
+        found = first_difference(_unsliced(model, plan, channels, norm_groups, calls), walk.steps)
     if found is not None:
         step, what = found
         message = f"after slicing, {what} used in {step.place} would change: it follows the width of the model"

@@ -12,9 +12,20 @@ from ..architectures.attributes import DIM_ATTRIBUTES, HEAD_ATTRIBUTES
 from .channels import Channels
 from .graph import Graph
 from .labels import LabelMap, LabelMaps, Labels, varying
-from .meta import to_meta
+from .meta import device_of, to_meta
 from .notes import note_on, read_note
 from .records import Attended, CostTerm, ScaleTerm, Step, place_of
+
+# Ids and masks up to this size keep their values, which a forward may ask for (transformers' attention masks).
+_FEW = 65536
+
+
+def _on(device: torch.device, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """An operation's arguments with another device in place of the one that they name."""
+    return (
+        tuple([device if isinstance(a, torch.device) else a for a in args]),
+        {n: device if isinstance(a, torch.device) else a for n, a in kwargs.items()},
+    )
 
 
 class Walk:
@@ -23,6 +34,8 @@ class Walk:
     def __init__(self, model: nn.Module, channels: Channels, graph: Graph) -> None:
         self.channels = channels
         self.graph = graph
+        self.device = device_of(model)
+        self.unreal: set[int] = set()  # storages of real tensors into which something without values was written
         self.costs: list[CostTerm] = []
         self.scales: list[ScaleTerm] = []
         self.other_uses: list[Labels] = []
@@ -34,6 +47,7 @@ class Walk:
         self.modules = {id(m): n for n, m in model.named_modules()}
         self.by_name = dict(model.named_modules())
         self.stack: list[str] = []
+        self.notes: list[str] = []  # what the user should know of this model
         self.failed: tuple[str, tuple[Any, ...]] | None = None  # an operation's place and arguments
 
     def labels(self, t: Any) -> Labels | None:
@@ -62,18 +76,30 @@ class Walk:
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The op itself, on meta where any operand is there."""
         tensors = list(self.tensors((args, kwargs)))
-        if any(t.device.type == "meta" for t in tensors):
-            if not all(t.device.type == "meta" for t in tensors):
+        if any(self._has_no_values(t) for t in tensors):
+            if func._schema.is_mutable:
+                self.unreal.update([t.untyped_storage()._cdata for t in tensors if not t.is_meta])
+            if not all(t.is_meta for t in tensors):
                 args, kwargs = to_meta(args), to_meta(kwargs)
-            if "device" in kwargs and kwargs["device"] is not None:
-                kwargs = {**kwargs, "device": torch.device("meta")}
-        elif tensors and kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": tensors[0].device}  # numbers and ids keep their values
+            args, kwargs = _on(torch.device("meta"), args, kwargs)
+        elif tensors:
+            args, kwargs = _on(tensors[0].device, args, kwargs)  # numbers and ids keep their values
+        elif kwargs.get("device") == self.device:
+            return self._made(func, args, kwargs)
         try:
             return func(*args, **kwargs)
         except Exception:
             self.failed = self.place(func), args
             raise
+
+    def _has_no_values(self, t: Tensor) -> bool:
+        return t.is_meta or (bool(self.unreal) and t.untyped_storage()._cdata in self.unreal)
+
+    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor that the forward makes on the model's device: on meta, unless it is a few ids or a small mask."""
+        out = func(*args, **{**kwargs, "device": torch.device("meta")})
+        numbers = isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex() or out.numel() > _FEW)
+        return out if numbers else func(*args, **{**kwargs, "device": torch.device("cpu")})
 
     def tensors(self, tree: Any) -> Iterator[Tensor]:
         if isinstance(tree, Tensor):

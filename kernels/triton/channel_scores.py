@@ -13,8 +13,7 @@ The partial sums, written once and read once, are 1 to 3 % of the bytes that the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +105,9 @@ def _item(
             else:
                 g = tl.load(grad + at_grad, mask=inside, other=0).to(WIDE)
         if ZERO_GRAD:
+            # Triton lays out loads and stores each on its own and orders nothing between a program's threads: without
+            # this, one warp zeroes what another has yet to read (compile_ahead.py refuses that)
+            tl.debug_barrier()
             zero = tl.zeros([BLOCK_ROWS, BLOCK_COLS], DTYPE)
             if STACKED:
                 for step in range(n_steps):
@@ -231,12 +233,7 @@ def add_to_units(sums, first, order, scores, n_units, BLOCK: tl.constexpr, DEPTH
 NUM_WARPS = 4
 PROGRAMS_PER_MULTIPROCESSOR = 32
 WIDE = {torch.float64: tl.float64}
-ELEMENT = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float64: tl.float64,
-}
+ELEMENT = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in score_tables.BLOCKS}
 
 
 def availability() -> str:
@@ -267,28 +264,89 @@ def channel_scores_(
 
     A table's first call uploads its tables and allocates its workspace. A later call uploads addresses only, and only
     if a tensor moved. A table's workspace serves one stream at a time.
-    Raises RuntimeError if the table's first call is made while a CUDA graph is being captured.
+    Raises RuntimeError if a CUDA graph is being captured and the same call was not made before: its tables or its
+    kernels aren't on the device then.
     """
-    device = scores.device
-    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with guard, torch.no_grad():
-        reads_grads = criterion != "magnitude"
-        stacked = timestep_weights is not None
-        zero_grad = zero_grad and grads is not None
-        used = grads if reads_grads or zero_grad else None
-        launch = score_tables.prepare(table, thetas, used, stacked, device, programs(device))
-        weights, n_steps = _step_weights(timestep_weights, scores)
-        for tables in launch.parts:
-            _run_part(tables, weights, n_steps, criterion, stacked, zero_grad)
-        if launch.n_sums:
-            grid = (triton.cdiv(table.n_units, UNIT_BLOCK),)
-            add_to_units[grid](
-                launch.sums, launch.first, launch.order, scores, table.n_units, BLOCK=UNIT_BLOCK, DEPTH=16
-            )
-        if zero_grad and grads is not None:
+    with score_tables.on(scores.device), torch.no_grad():
+        call = Call(scores, criterion, timestep_weights, zero_grad and grads is not None)
+        launch = call.prepare(thetas, grads, table)
+        call.run(launch, table.n_units)
+        if call.zero_grad and grads is not None:
             for i in launch.copied:
                 grads[i].zero_()
     return scores
+
+
+def bind(
+    scores: Tensor,
+    thetas: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    table: Any,
+    *,
+    criterion: str,
+    timestep_weights: Tensor | None,
+    zero_grad: bool,
+) -> Callable[[Sequence[Tensor] | None], object]:
+    """The same call for gradients at the addresses of these, with nothing left to do but the launches."""
+    device = scores.device
+
+    options = {"criterion": criterion, "timestep_weights": timestep_weights, "zero_grad": zero_grad}
+
+    def from_the_start(grads: Sequence[Tensor] | None) -> Tensor:
+        return channel_scores_(scores, thetas, grads, table, **options)  # type: ignore[arg-type]
+
+    if score_tables.capturing(device):  # what it uploads is there only when the graph is replayed
+        return from_the_start
+    with score_tables.on(device), torch.no_grad():
+        call = Call(scores, criterion, timestep_weights, zero_grad and grads is not None)
+        launch = call.prepare(thetas, grads, table)
+    if launch.copies:
+        return from_the_start
+    addresses = [part.tensors for part in launch.parts]
+
+    def at_the_same_addresses(_: Sequence[Tensor] | None) -> None:
+        with score_tables.on(device):
+            if score_tables.capturing(device):
+                launch.captured.append(addresses)
+            for part, tensors in zip(launch.parts, addresses):
+                part.tensors = tensors
+            call.run(launch, table.n_units)
+
+    return at_the_same_addresses
+
+
+class Call:
+    """What the kernels are launched with, besides a table and its tensors."""
+
+    def __init__(self, scores: Tensor, criterion: str, timestep_weights: Tensor | None, zero_grad: bool) -> None:
+        self.scores, self.criterion, self.zero_grad = scores, criterion, zero_grad
+        self.stacked = timestep_weights is not None
+        self.weights, self.n_steps = _step_weights(timestep_weights, scores)
+        # Triton makes other code for addresses that aren't multiples of 16
+        places = [(t.dtype, t.data_ptr() % 16 == 0) for t in (scores, self.weights)]
+        self.variant = (criterion, zero_grad, self.stacked, *places)
+
+    def prepare(self, thetas: Sequence[Tensor], grads: Sequence[Tensor] | None, table: Any) -> score_tables.Launch:
+        used = grads if self.criterion != "magnitude" or self.zero_grad else None
+        device = self.scores.device
+        return score_tables.prepare(table, thetas, used, self.stacked, device, programs(device))
+
+    def run(self, launch: score_tables.Launch, n_units: int) -> None:
+        """Launch the kernels on the current stream."""
+        if self.variant not in launch.launched and score_tables.capturing(self.scores.device):
+            raise RuntimeError(
+                f"channel_scores_: criterion={self.criterion!r}, zero_grad={self.zero_grad} hasn't run yet on these "
+                "tensors, and loading its kernels can't be captured in a CUDA graph: call it once, with the same "
+                "options and dtypes, before the capture"
+            )
+        for tables in launch.parts:
+            _run_part(tables, self.weights, self.n_steps, self.criterion, self.stacked, self.zero_grad)
+        if launch.n_sums:
+            grid = (triton.cdiv(n_units, UNIT_BLOCK),)
+            add_to_units[grid](
+                launch.sums, launch.first, launch.order, self.scores, n_units, BLOCK=UNIT_BLOCK, DEPTH=16
+            )
+        launch.launched.add(self.variant)
 
 
 def _run_part(tables: Tables, weights: Tensor, n_steps: int, criterion: str, stacked: bool, zero_grad: bool) -> None:
@@ -323,6 +381,11 @@ def _step_weights(timestep_weights: Tensor | None, scores: Tensor) -> tuple[Tens
     """Weights on the device. Without a stack nothing reads them; any address will do."""
     if timestep_weights is None:
         return scores, 0
+    if timestep_weights.device != scores.device and score_tables.capturing(scores.device):
+        raise RuntimeError(
+            f"channel_scores_: timestep_weights are on {timestep_weights.device}, and a copy that the host waits for "
+            f"can't be captured in a CUDA graph: put them on {scores.device} before the capture"
+        )
     return timestep_weights.to(scores.device).contiguous(), timestep_weights.numel()
 
 

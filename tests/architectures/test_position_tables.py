@@ -20,7 +20,7 @@ from zoo_inputs import HEADS, random
 import diffprune_fast as dpf
 from diffprune_fast.architectures.position_tables import table_of
 from diffprune_fast.checkpoint import CheckpointError
-from diffprune_fast.checkpoint.manifest import MANIFEST
+from diffprune_fast.checkpoint.manifest import MANIFEST, signed
 from diffprune_fast.plan import sliced_shapes
 from diffprune_fast.pruned.kept_columns import kept_columns
 
@@ -191,11 +191,11 @@ def test_wrong_tables_in_a_manifest_are_refused(entry: Any, tmp_path: Path) -> N
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert list(manifest["tables"]) == [table_module(model)[0]]
     manifest["tables"] = dict.fromkeys(manifest["tables"], entry)
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / MANIFEST).write_text(json.dumps(signed(manifest)))
     with pytest.raises(CheckpointError, match="table"):
         dpf.from_pretrained(tmp_path)
     manifest["tables"] = {"nowhere": [32, [0, 20]]}
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / MANIFEST).write_text(json.dumps(signed(manifest)))
     with pytest.raises(CheckpointError, match="nowhere"):
         dpf.from_pretrained(tmp_path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import pickle
 
@@ -17,7 +18,18 @@ from torch import nn
 from diffprune_fast import from_pretrained
 from diffprune_fast.checkpoint import CheckpointError, save
 from diffprune_fast.checkpoint.loading import diffusers_class
-from diffprune_fast.checkpoint.manifest import BUFFERS, CONFIG, MANIFEST, WEIGHTS, pack_runs, read_manifest, unpack_runs
+from diffprune_fast.checkpoint.manifest import (
+    BUFFERS,
+    CONFIG,
+    MANIFEST,
+    PRUNED_WEIGHTS,
+    SIGNPOST,
+    WEIGHTS,
+    pack_runs,
+    read_manifest,
+    signed,
+    unpack_runs,
+)
 from diffprune_fast.plan import Complexity
 from diffprune_fast.result import PruneResult, record
 from diffprune_fast.selection import select
@@ -98,10 +110,19 @@ def run(model):
 
 
 def edit(directory, change):
+    """Change a manifest, and sign it anew."""
     path = directory / MANIFEST
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(signed(manifest)))
+
+
+def edit_config(directory, **changes):
+    """Change a config, and note its checksum anew."""
+    path = directory / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit(directory, lambda m: m["sha256"].update({CONFIG: digest}))
 
 
 def test_round_trip_is_exact_to_the_bit(uneven, saved):
@@ -109,7 +130,7 @@ def test_round_trip_is_exact_to_the_bit(uneven, saved):
     assert_same_function(uneven, loaded)
     assert loaded.down_blocks[0].resnets[0].conv2.in_channels == 12
     assert not loaded.training
-    assert sorted(p.name for p in saved.iterdir()) == sorted([CONFIG, WEIGHTS, MANIFEST])
+    assert sorted(p.name for p in saved.iterdir()) == sorted([CONFIG, PRUNED_WEIGHTS, MANIFEST, SIGNPOST])
 
 
 def test_a_loaded_model_can_be_saved_again(uneven, saved, tmp_path):
@@ -273,14 +294,14 @@ def test_a_pruned_model_can_be_loaded_pruned_again_and_saved(tmp_path):
     assert_same_function(from_pretrained(tmp_path / "twice"), model)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, MANIFEST, CONFIG])
+@pytest.mark.parametrize("name", [PRUNED_WEIGHTS, MANIFEST, CONFIG])
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
         from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, MANIFEST, CONFIG])
+@pytest.mark.parametrize("name", [PRUNED_WEIGHTS, MANIFEST, CONFIG])
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
 def test_a_truncated_file_is_named(saved, name, share):
     path = saved / name
@@ -290,8 +311,29 @@ def test_a_truncated_file_is_named(saved, name, share):
         from_pretrained(saved)
 
 
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": False, "ignore_mismatched_sizes": True}])
+def test_diffusers_names_the_function_that_loads_what_no_config_describes(saved, options):
+    with pytest.raises(OSError, match=r"load this folder with diffprune_fast\.from_pretrained"):
+        UNet2DModel.from_pretrained(saved, **options)
+    assert "diffprune_fast.from_pretrained" in json.loads((saved / CONFIG).read_text())["_diffprune_fast"]
+
+
+def test_checkpoints_with_the_weights_under_their_former_name_still_load(uneven, saved):
+    (saved / PRUNED_WEIGHTS).rename(saved / WEIGHTS)
+    (saved / SIGNPOST).unlink()
+    edit(saved, lambda m: m["sha256"].update({WEIGHTS: m["sha256"].pop(PRUNED_WEIGHTS)}))
+    assert_same_function(uneven, from_pretrained(saved))
+
+
+def test_a_plain_model_in_the_place_of_another_leaves_no_signpost(saved):
+    plain = UNet2DModel(**SMALL).eval()
+    save(record(result_of(plain)).model, saved)
+    assert sorted(p.name for p in saved.iterdir()) == sorted([CONFIG, WEIGHTS, MANIFEST])
+    assert_same_model(plain, UNet2DModel.from_pretrained(saved))
+
+
 def test_a_pickle_is_not_opened(saved):
-    (saved / WEIGHTS).write_bytes(pickle.dumps({"a": 1}))
+    (saved / PRUNED_WEIGHTS).write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         from_pretrained(saved)
 
@@ -300,7 +342,7 @@ def test_other_weights_of_the_same_shapes_are_refused_unless_wanted(uneven, save
     with torch.no_grad():
         uneven.conv_in.weight.add_(1)
     save(record(result_of(uneven)).model, tmp_path / "other")
-    (saved / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+    (saved / PRUNED_WEIGHTS).write_bytes((tmp_path / "other" / PRUNED_WEIGHTS).read_bytes())
     with pytest.raises(CheckpointError, match=r"SHA-256 differs.*verify=False"):
         from_pretrained(saved)
     assert_same_model(uneven, from_pretrained(saved, verify=False))
@@ -333,17 +375,13 @@ def test_a_contradictory_manifest_is_refused(saved, change, says):
 
 
 def test_shapes_larger_than_the_class_are_refused(saved):
-    config = json.loads((saved / CONFIG).read_text())
-    config["block_out_channels"] = [8, 32]
-    (saved / CONFIG).write_text(json.dumps(config))
+    edit_config(saved, block_out_channels=[8, 32])
     with pytest.raises(CheckpointError, match="the unpruned model has"):
         from_pretrained(saved)
 
 
 def test_another_structure_is_refused(saved):
-    config = json.loads((saved / CONFIG).read_text())
-    config["layers_per_block"] = 2
-    (saved / CONFIG).write_text(json.dumps(config))
+    edit_config(saved, layers_per_block=2)
     with pytest.raises(CheckpointError, match=r"UNet2DModel also has .* saved with \{.*'diffusers'"):
         from_pretrained(saved)
 

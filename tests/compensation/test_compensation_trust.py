@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from planted import Kept, Two, conv_case, double, image, sliced, without
 from torch import Tensor, nn
 
 from diffprune_fast.compensation import Compensation, compensate, estimates
+from diffprune_fast.compensation import solve as solve_room
 from diffprune_fast.compensation.compensate import put
 
 
@@ -344,3 +346,59 @@ def test_ranks_share_the_samples_and_end_with_one_process_weights(
         assert found["losses"] == pytest.approx((alone.sliced, alone.compensated), rel=1e-6)
         for name, p in pruned.state_dict().items():
             torch.testing.assert_close(found["weights"][name], p, rtol=1e-6, atol=1e-8)
+
+
+class Branches(nn.Module):
+    """Of three layers that read the first one's channels, one runs for bright inputs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.always, self.bright, self.last = nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        y = self.always(h)
+        return self.last(h) + (y + self.bright(h) if float(x.mean()) > 0 else y)
+
+
+def branching_rank(rank: int, ranks: int, path: str) -> None:
+    """The first rank's samples are bright, the other's are dark; and the last layer's sums overflow on one rank."""
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=60)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=ranks, timeout=timeout
+    )
+    try:
+        dense = double(Branches())
+        kept = {("first.weight", 0): np.arange(5), ("first.bias", 0): np.arange(5)}
+        kept |= {(f"{name}.weight", 1): np.arange(5) for name in ("always", "bright", "last")}
+        pruned = sliced(dense, kept)
+        x = torch.rand(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x[4:8] -= 2  # of three shares of four samples the second's, which is the second rank's
+        real = solve_room.solve
+
+        def fails(problem: Any, **options: Any) -> Any:
+            found = real(problem, **options)
+            if rank == 1 and torch.equal(problem.weight[0], dense.last.weight[:, :5].T):
+                raise ArithmeticError("on this rank only")
+            return found
+
+        solve_room.solve = fails
+        found = compensate(pruned, dense, kept=kept, calibration=[(x,)], progress=False)
+        torch.save(
+            {"layers": found.layers, "alone": dict(found.alone), "weights": pruned.state_dict()}, f"{path}-{rank}"
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_one_rank_cannot_solve_no_rank_solves(tmp_path: Any) -> None:
+    mp.start_processes(branching_rank, (2, str(tmp_path / "store")), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"store-{rank}", weights_only=True) for rank in range(2))
+    assert first["layers"] == second["layers"] == ("always",)
+    assert first["alone"]["bright"] == second["alone"]["bright"] == "not called"
+    assert first["alone"]["last"] == "it can't be solved on another rank"
+    assert second["alone"]["last"] == "on this rank only"
+    for name, value in first["weights"].items():
+        torch.testing.assert_close(second["weights"][name], value, rtol=0, atol=0)

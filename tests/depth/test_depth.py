@@ -260,7 +260,7 @@ def test_a_checkpoint_without_blocks_loads_as_it_was_saved(tmp_path: Path, width
     else:
         result = dpf.score_and_prune(model, None, criterion="random", ratio=width, drop_blocks=[MID])
     result.save_pretrained(tmp_path)
-    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):  # its blocks would be at random
+    with pytest.raises(OSError, match=r"diffprune_fast\.from_pretrained"):  # its blocks would be at random
         type(model).from_pretrained(tmp_path)  # type: ignore[attr-defined]
     loaded = dpf.from_pretrained(tmp_path)
     assert_same(case, loaded, model)

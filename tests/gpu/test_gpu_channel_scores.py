@@ -62,6 +62,23 @@ def test_scores_are_as_good_as_pytorchs(
     assert all(bool(g.any()) != zero_grad for g in grads)
 
 
+@pytest.mark.parametrize("steps", [None, 2])
+def test_zeroing_gradients_loses_nothing_of_them(device: torch.device, steps: int | None) -> None:
+    # rows of no multiple of 16 bytes, read by one warp and zeroed by another; so many that every multiprocessor is full
+    copies, runs = (300, 200) if device.type == "cuda" else (2, 3)
+    shapes: list[Shape] = [(31, 127, 1), (37, 13, 9), (257, 511, 1), (64, 27, 1), (3, 1, 1)] * copies
+    table = make_table(shapes)
+    weights = None if steps is None else torch.tensor([0.5, -1.25], device=device)
+    thetas, originals = (make_tensors(shapes[:5], device, torch.float32, *a) for a in ((1,), (2, steps)))
+    thetas, originals = ([t.clone() for _ in range(copies) for t in ts] for ts in (thetas, originals))
+    grads = [g.clone() for g in originals]
+    expected = scored(thetas, grads, table, timestep_weights=weights)
+    for _ in range(runs):
+        torch._foreach_copy_(grads, originals)
+        assert torch.equal(scored(thetas, grads, table, timestep_weights=weights, zero_grad=True), expected)
+    assert not any(bool(g.any()) for g in grads)
+
+
 @pytest.mark.parametrize("theta_last", [False, True])
 @pytest.mark.parametrize("grad_last", [False, True])
 def test_memory_formats_may_differ(device: torch.device, theta_last: bool, grad_last: bool) -> None:
@@ -92,6 +109,7 @@ def test_it_works_on_the_callers_stream() -> None:
     device = torch.device("cuda")
     table, thetas = make_table(SHAPES), make_tensors(SHAPES, device, torch.float32, 1)
     expected = scored(thetas, thetas, table, "reference")
+    scored(thetas, thetas, table)  # its first call uploads the table, and waits for that
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -131,3 +149,33 @@ def test_a_first_call_inside_a_capture_says_what_to_do() -> None:
     scores, table = torch.zeros(N_UNITS, dtype=torch.float64, device=device), make_table(SHAPES)
     with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         ops.channel_scores_(scores, thetas, thetas, table)
+
+
+@pytest.mark.needs_cuda
+def test_captures_may_follow_each_other() -> None:
+    device = torch.device("cuda")
+    table, thetas = make_table(SHAPES), make_tensors(SHAPES, device, torch.float32, 1)
+    grads = make_tensors(SHAPES, device, torch.float32, 2)
+    scores = torch.zeros(N_UNITS, dtype=torch.float64, device=device)
+    graphs = []
+    for _ in range(3):
+        ops.channel_scores_(scores, thetas, grads, table)  # from the second time on at known addresses
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            scores.zero_()
+            ops.channel_scores_(scores, thetas, [g * 1 for g in grads], table)
+    expected = scored(thetas, grads, table, "reference")
+    for graph in graphs:
+        graph.replay()
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_variant_that_never_ran_is_not_captured() -> None:
+    device = torch.device("cuda")
+    thetas = make_tensors(SHAPES, device, torch.float32, 1)
+    scores, table = torch.zeros(N_UNITS, dtype=torch.float64, device=device), make_table(SHAPES)
+    ops.channel_scores_(scores, thetas, thetas, table)
+    with pytest.raises(RuntimeError, match="same options"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ops.channel_scores_(scores, thetas, thetas, table, criterion="square")

@@ -83,7 +83,6 @@ def test_a_hundred_runs_give_the_same_bits(device: torch.device, dtype: torch.dt
 @pytest.mark.parametrize("dropped", [0, -1])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_single_dropped_channel_of_a_large_tensor(device: torch.device, dropped: int, dim: int) -> None:
-    # every block writes where the block before it reads: the tightest order there is
     n = 8192 if device.type == "cuda" else 256
     kept = torch.arange(1, n) if dropped == 0 else torch.arange(n - 1)
     for _ in range(5):
@@ -121,6 +120,8 @@ def test_it_works_on_the_callers_stream() -> None:
     original = torch.randn(4096, 4096, device="cuda")
     piece = ops.Slice({0: torch.arange(0, 4096, 3), 1: torch.arange(1, 4096, 2)})
     expected = ops.reference.slice_channels(original, piece)
+    ops.slice_channels_([torch.randn(8, 8, device="cuda")], [ops.Slice({0: torch.arange(3)})])  # loads the kernel
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -129,6 +130,22 @@ def test_it_works_on_the_callers_stream() -> None:
         ops.slice_channels_([tensor], [piece])
         assert not stream.query()
     torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(tensor, expected)
+
+
+@pytest.mark.needs_cuda
+def test_memory_of_another_stream_is_not_given_back_while_it_is_read() -> None:
+    stream, other = torch.cuda.Stream(), torch.cuda.current_stream()
+    with torch.cuda.stream(stream):
+        tensor = torch.randn(4096, 4096, device="cuda")
+    other.wait_stream(stream)
+    piece = ops.Slice({0: torch.arange(0, 4096, 2), 1: torch.arange(1, 4096, 2)})
+    expected = ops.reference.slice_channels(tensor, piece)
+    torch.cuda._sleep(100_000_000)  # on the default stream, before the kernel
+    ops.slice_channels_([tensor], [piece])
+    with torch.cuda.stream(stream):
+        torch.full((4096, 4096), torch.nan, device="cuda")  # takes the old memory, if it is free
+    torch.cuda.synchronize()
     assert torch.equal(tensor, expected)
 
 

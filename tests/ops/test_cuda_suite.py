@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 SUITE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+KERNELS = SUITE.parents[1] / "kernels" / "triton" / "channel_scores.py"
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -21,45 +22,94 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module(name)
 
 
-def test_a_triton_variant_compiles_for_nvidia_and_amd_without_spills() -> None:
+def compiled_variants(change: str, choice: str) -> list[dict[str, Any]]:
+    """What compile_ahead.py says of the variants v with ``choice``, for an NVIDIA and an AMD card, in a process without
+    the interpreter. change: Python code that changes ``text``, the kernels' source, before they are compiled."""
     pytest.importorskip("triton")
-    code = (
-        "import compile_ahead as c, json; v = [v for v in c.variants(True) if v.get('same_order')][0];"
-        "print(json.dumps([c.compile_one((v, t, None)) | {'problem': c.problem(c.compile_one((v, t, None)))}"
-        " for t in (c.TARGETS[1], c.TARGETS[3])]))"
-    )
+    code = f"""
+import compile_ahead as c, importlib.util, json, pathlib, sys, tempfile
+name = "diffprune_fast.kernels.channel_scores"
+text = pathlib.Path({str(KERNELS)!r}).read_text()
+{change}
+with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "channel_scores.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    import diffprune_fast.kernels
+    diffprune_fast.kernels.channel_scores = module
+    rows = [c.compile_one((v, t, None)) for v in c.variants(True) if {choice} for t in (c.TARGETS[1], c.TARGETS[3])]
+print(json.dumps([row | {{"problem": c.problem(row)}} for row in rows]))
+"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{SUITE}:{SUITE.parents[1]}", "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# fp32, unstacked, same memory order, with zero_grad
+ZEROING = "v.get('dtype') == 'fp32' and v['zero_grad'] and v['same_order'] and not v['stacked']"
+
+
+def test_a_triton_variant_compiles_for_nvidia_and_amd_without_spills() -> None:
+    rows = compiled_variants("", ZEROING)
     assert [row["target"] for row in rows] == ["cuda:90", "hip:gfx942"]
     assert [row["problem"] for row in rows] == [None, None]
 
 
+def test_zeroing_what_other_threads_have_yet_to_read_is_refused() -> None:
+    rows = compiled_variants(
+        'assert "tl.debug_barrier()" in text; text = text.replace("tl.debug_barrier()", "")', ZEROING
+    )
+    # one store in the branch of 16-byte accesses, one in the other
+    assert [(row["zero_stores"], row["unordered_zeros"]) for row in rows] == [(2, 2), (2, 2)]
+    assert all("without a barrier" in row["problem"] for row in rows)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"spills": 8}, "spills 8 bytes"), ({"vector_loads": 0}, "no 16-byte loads"), ({}, None)],
-    ids=["spill", "narrow", "good"],
+    [
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"vector_loads": 0}, "no 16-byte loads"),
+        ({"zero_stores": 0}, "no store of zeros"),
+        ({"unordered_zeros": 1}, "without a barrier"),
+        ({}, None),
+    ],
+    ids=["spill", "narrow", "no zeros seen", "unordered zeros", "good"],
 )
 def test_triton_variants_are_refused(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, int], words: str | None
 ) -> None:
-    row: dict[str, Any] = {"variant": {"kernel": "pass_over_tensors", "same_order": True}, "spills": 0}
-    found = load("compile_ahead", monkeypatch).problem(row | {"vector_loads": 4} | change)
+    variant = {"kernel": "pass_over_tensors", "same_order": True, "zero_grad": True}
+    good: dict[str, Any] = {"spills": 0, "vector_loads": 4, "zero_stores": 2, "unordered_zeros": 0}
+    found = load("compile_ahead", monkeypatch).problem({"variant": variant} | good | change)
     assert found is None if words is None else words in found
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"spills": 4}, "spills"), ({"local": 1}, "spills"), ({"reads_16": 3}, "3 of 4"), ({"writes_16": 0}, "write")],
-    ids=["spill", "local memory", "narrow reads", "narrow writes"],
+    [
+        ({"spills": 4}, "spills"),
+        ({"local": 1}, "spills"),
+        ({"per_unit": {1: 8, 2: 8, 8: 8, 16: 8}}, "no loop of 8 loads for units of 4 bytes"),
+        ({"per_unit": {1: 8, 2: 8, 4: 12.5, 8: 8, 16: 8}}, "12.5 instructions for 4 bytes"),
+    ],
+    ids=["spill", "local memory", "no loop", "slow loop"],
 )
-def test_machine_code_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict[str, int], words: str) -> None:
+def test_machine_code_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str) -> None:
     check = load("check_machine_code", monkeypatch)
-    good = {"spills": 0, "stack": 0, "local": 0, "reads_16": 4, "writes_16": 1}
+    good = {"spills": 0, "stack": 0, "local": 0, "per_unit": dict.fromkeys((1, 2, 4, 8, 16), 8.0)}
     assert check.problem(good) is None
     assert words in check.problem(good | change)
+
+
+def test_instructions_are_counted_in_the_loop_that_moves_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["MOV R1, R2 ", *["LDG.E.U16.CONSTANT R4, desc[UR6][R4.64] "] * 8, *["IADD3 R5, R5, R6, RZ "] * 4]
+    words += [*["STG.E.U16 desc[UR6][R8.64], R4 "] * 8, "@!P0 BRA 0x10 ", "EXIT "]
+    code = [(16 * i, w) for i, w in enumerate(words)]
+    assert load("check_machine_code", monkeypatch).per_unit(code) == {2: 21 / 8}
 
 
 def test_the_report_says_which_aims_were_met(tmp_path: Path) -> None:

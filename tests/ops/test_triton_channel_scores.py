@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from diffprune_fast import ops
+from diffprune_fast.ops import channel_scores as op
 
 pytest.importorskip("triton")
 from diffprune_fast.kernels import channel_scores, score_tables
@@ -219,6 +221,84 @@ def test_tables_are_built_once_and_addresses_follow_the_tensors(monkeypatch: pyt
     assert len(built) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"criterion": "square", "zero_grad": True}], ids=["abs", "square, zeroing"])
+def test_a_bound_call_looks_at_addresses_only(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    table, thetas = make_table(SHAPES), make_tensors(SHAPES)
+    scores = torch.zeros(N_UNITS, dtype=torch.float64)
+    bound = table.bind(scores, thetas, backend="triton", **options)
+    looks: list[str] = []
+    for module, name in ((op, "check"), (score_tables, "prepare")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=plain, n=name, **k: looks.append(n) or f(*a, **k))
+    places = [make_tensors(SHAPES), make_tensors(SHAPES)]
+    for seed in range(4):
+        grads = places[seed % 2]
+        for grad, new in zip(grads, make_tensors(SHAPES, seed=seed)):
+            grad.copy_(new)
+        expected = scored(thetas, [g.clone() for g in grads], table, "reference", **options)
+        scores.zero_()
+        del looks[:]
+        assert bound(grads) is scores
+        assert looks == (["check", "prepare"] if seed < 2 else [])
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-4)
+        assert all(bool(g.any()) != bool(options) for g in grads)
+
+
+def test_a_bound_call_checks_gradients_at_new_addresses() -> None:
+    bound = make_table(SHAPES).bind(torch.zeros(N_UNITS), make_tensors(SHAPES), backend="triton")
+    with pytest.raises(ValueError, match="gradient 3 has shape"):
+        bound([*make_tensors(SHAPES[:3]), torch.ones(3), *make_tensors(SHAPES[4:])])
+
+
+def test_a_bound_call_reads_copies_of_gradients_in_no_usable_order() -> None:
+    theta, grad = torch.randn(12, 10, 1), torch.randn(10, 12, 1).transpose(0, 1)
+    table, scores = make_table([(12, 10, 1)]), torch.zeros(N_UNITS, dtype=torch.float64)
+    bound = table.bind(scores, [theta], backend="triton")
+    for _ in range(2):
+        grad.normal_()
+        scores.zero_()
+        bound([grad])
+        torch.testing.assert_close(scores, scored([theta], [grad], table, "reference"), rtol=1e-6, atol=1e-5)
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Lets the kernels' host code believe that a CUDA graph is being captured, or not any more."""
+    return lambda on: monkeypatch.setattr(score_tables, "capturing", lambda device: on)
+
+
+def test_every_capture_finds_memory_for_its_addresses(capture: Callable[[bool], None]) -> None:
+    table, thetas = make_table(SHAPES), make_tensors(SHAPES)
+    known = make_tensors(SHAPES, seed=2)
+    for seed in (3, 4, 5):
+        capture(False)
+        scored(thetas, known, table, "triton")  # after the first time, at addresses that are known already
+        capture(True)
+        grads = make_tensors(SHAPES, seed=seed)
+        expected = scored(thetas, grads, table, "reference")
+        torch.testing.assert_close(scored(thetas, grads, table, "triton"), expected, rtol=1e-6, atol=1e-4)
+    with pytest.raises(RuntimeError, match="before each capture"):
+        scored(thetas, make_tensors(SHAPES, seed=6), table, "triton")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"criterion": "square"}, {"zero_grad": True}, {"timestep_weights": torch.ones(5)[1:3]}],
+    ids=["criterion", "zero_grad", "weights at another alignment"],
+)
+def test_a_variant_that_never_ran_is_not_captured(capture: Callable[[bool], None], options: dict[str, Any]) -> None:
+    steps = 2 if "timestep_weights" in options else None
+    table, thetas, grads = make_table(SHAPES), make_tensors(SHAPES), make_tensors(SHAPES, steps=steps, seed=2)
+    scored(thetas, grads, table, "triton", timestep_weights=None if steps is None else torch.ones(2))
+    capture(True)
+    with pytest.raises(RuntimeError, match="call it once, with the same options"):
+        scored(thetas, grads, table, "triton", **options)
+    capture(False)
+    scored(thetas, [g.clone() for g in grads], table, "triton", **options)
+    capture(True)
+    scored(thetas, grads, table, "triton", **options)
+
+
 def test_work_is_split_evenly_whatever_the_layers_sizes() -> None:
     shapes: list[Shape] = [(1, 1, 1), (320, 320, 9), (1280, 64, 1), (3, 1280, 1), *[(64, 1, 1)] * 40]
     entries = [ops.ScoreEntry(s, torch.zeros(s[0], dtype=torch.int32)) for s in shapes]
@@ -231,10 +311,19 @@ def test_work_is_split_evenly_whatever_the_layers_sizes() -> None:
         for n, r, c in part.items.tolist()
         for v in [score_tables._view(shapes[n], False, False)]
     ]
-    starts = part.starts.tolist()
-    loads = [sum(sizes[a:b]) for a, b in itertools.pairwise(starts)]
-    assert sum(loads) == sum(t.numel() for t in thetas)
-    assert max(loads) - sum(loads) / len(loads) <= rows * cols
+    assert sum(sizes) == sum(t.numel() for t in thetas)
+    costs = [size + score_tables.ITEM_ELEMENTS for size in sizes]
+    loads = [sum(costs[a:b]) for a, b in itertools.pairwise(part.starts.tolist())]
+    assert max(loads) - sum(loads) / len(loads) <= rows * cols + score_tables.ITEM_ELEMENTS
+
+
+def test_no_program_gets_all_the_small_items() -> None:
+    # biases beside convolutions: by their elements alone all forty would be one program's
+    shapes: list[Shape] = [*[(320, 320, 9)] * 4, *[(64, 1, 1)] * 40]
+    entries = [ops.ScoreEntry(s, torch.zeros(s[0], dtype=torch.int32)) for s in shapes]
+    thetas = [torch.empty(s) for s in shapes]
+    (part,) = score_tables.prepare(ops.ScoreTable(entries, 1), thetas, None, False, torch.device("cpu"), 64).parts
+    assert max(b - a for a, b in itertools.pairwise(part.starts.tolist())) <= 25
 
 
 def test_large_tables_use_taller_items() -> None:

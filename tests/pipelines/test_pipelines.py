@@ -338,7 +338,7 @@ def test_diffusers_refuses_an_unevenly_pruned_pipeline(tmp_path: Any) -> None:
     pipe = made("ddpm")
     dpf.score_and_prune(pipe, [images()], ratio=0.3, **QUICK)
     pipe.save_pretrained(tmp_path)
-    with pytest.raises((ValueError, RuntimeError), match=r"expected shape|size mismatch"):
+    with pytest.raises(OSError, match=r"diffprune_fast\.from_pretrained"):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="load it with pipeline_from_pretrained"):
         dpf.from_pretrained(tmp_path)
@@ -348,31 +348,10 @@ def test_diffusers_refuses_a_pipeline_without_some_blocks(tmp_path: Any) -> None
     pipe = made("ddpm")
     dpf.score_and_prune(pipe, [images()], params=0.7, drop_blocks="mid_block.resnets.0", **QUICK)
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model"):
+    with pytest.raises(OSError, match=r"diffprune_fast\.from_pretrained"):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     again = dpf.pipeline_from_pretrained(tmp_path)
     assert again.unet.num_parameters() == pipe.unet.num_parameters()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"_class_name": ["evil", "Evil"]}, "no pipeline of diffusers"),
-        ({"_class_name": "UNet2DModel"}, "no pipeline of diffusers"),
-        ({"unet": ["evil", "Evil"]}, "unet is"),
-        ({"unet": ["os", "system"]}, "unet is"),
-        ({"unet": ["diffusers", "AutoModel"]}, "unet is"),
-        ({"scheduler": ["transformers", "AutoTokenizer"]}, "scheduler is"),
-    ],
-)
-def test_no_code_of_the_folder_is_run(change: dict[str, Any], words: str, tmp_path: Any) -> None:
-    made("ddpm").save_pretrained(tmp_path)
-    for folder in (tmp_path, tmp_path / "unet"):
-        (folder / "evil.py").write_text("raise SystemExit('ran')")
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
-    with pytest.raises(CheckpointError, match=words):
-        dpf.pipeline_from_pretrained(tmp_path)
 
 
 class Opened(Exception):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from scoring_models import by_hand
 
-from diffprune_fast.ops.channel_scores import channel_scores_
+from diffprune_fast.ops.channel_scores import ScoreEntry, ScoreTable, channel_scores_
 from diffprune_fast.plan import Group, Member, Plan
+from diffprune_fast.scoring import tables
 from diffprune_fast.scoring.tables import unit_table
 
 
@@ -116,3 +117,15 @@ def test_a_subset_has_all_entries_of_its_parameters_and_is_kept() -> None:
     assert names == ("four", "four")
     assert len(entries) == 2
     assert table.subset(["four"])[1] is entries
+
+
+def test_subsets_know_no_order_and_only_the_last_ones_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "REMEMBERED", 2)
+    names = ("a", "b", "c")
+    table = tables.UnitTable(names, ScoreTable([ScoreEntry((2, 1, 1))] * 3, 0))
+    first = table.subset(["b", "a"])
+    assert first[0] == ("a", "b")
+    assert table.subset(["a", "b"])[1] is first[1]
+    table.subset(["c"])
+    table.subset(["a"])
+    assert table.subset(["a", "b"])[1] is not first[1]

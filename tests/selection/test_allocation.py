@@ -14,6 +14,7 @@ from random_plans import chain, random_plan
 from diffprune_fast.plan import Constraint, Cost, Extents, Group, Member, Plan, violations
 from diffprune_fast.plan.lattice import lattice, rank_units
 from diffprune_fast.scoring import Scores
+from diffprune_fast.scoring.scores import Sensitivities
 from diffprune_fast.selection import BudgetError, select
 from diffprune_fast.selection.allocation import (
     EMBEDDING_DISCOUNT,
@@ -21,6 +22,7 @@ from diffprune_fast.selection.allocation import (
     allocate,
     coherent_curves,
     discounted,
+    measured_curves,
 )
 from diffprune_fast.selection.search import Unreachable
 
@@ -283,7 +285,8 @@ def test_scores_without_damage_are_shared_by_their_means_and_it_is_said():
     ("options", "says"),
     [
         ({"allocation": "gauss-newton", "macs": 0.5}, "score with a loader and damage=True"),
-        ({"allocation": "best", "macs": 0.5}, "choose one of 'gauss-newton', 'mean'"),
+        ({"allocation": "measured", "macs": 0.5}, "what measure_sensitivities gives"),
+        ({"allocation": "best", "macs": 0.5}, "choose one of 'gauss-newton', 'measured', 'mean'"),
         ({"allocation": "mean"}, "a local ranking takes the same share of every group"),
     ],
 )
@@ -308,6 +311,62 @@ def test_a_ratio_names_the_budget_of_the_same_macs():
     share = plan.macs(got.keep) / plan.macs()
     assert any(f"macs={share:.2g} asks for" in note for note in got.notes)
     assert got.allocation == "uniform"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measured curves
+
+
+def tried(plan: Plan, shares, damage) -> Scores:
+    sensitivities = Sensitivities(np.array(shares, float), np.array(damage, float))
+    return dataclasses.replace(scores_for(plan), sensitivities=sensitivities)
+
+
+def test_a_curve_goes_through_its_points_and_is_nothing_where_all_stays():
+    plan = chain([8], [])
+    (curve,) = measured_curves(lattice(plan), Sensitivities(np.array([[0.25, 0.5, 0.75]]), np.array([[1.0, 2, 50]])))
+    assert curve[8] == 0
+    np.testing.assert_allclose(curve[[6, 4, 2]], [1, 2, 50], rtol=1e-6)
+    assert (np.diff(curve) <= 0).all()
+
+
+def test_a_forecast_that_is_right_but_for_its_unit_stands():
+    plan = chain([12], [])
+    scores = scores_for(plan)
+    of = lattice(plan)
+    (forecast,) = coherent_curves(rank_units(of, scores.values, "independent"), scores.damage)
+    (curve,) = measured_curves(of, Sensitivities(np.array([[0.25, 0.75]]), 7 * forecast[[[9, 3]]]), [forecast])
+    np.testing.assert_allclose(curve, 7 * forecast)
+
+
+def test_a_forecast_of_nothing_gives_way_to_what_was_measured():
+    plan = chain([8], [])
+    (curve,) = measured_curves(lattice(plan), Sensitivities(np.array([[0.5]]), np.array([[3.0]])), [np.zeros(9)])
+    assert curve[4] == pytest.approx(3)
+    assert curve[8] == 0
+
+
+def test_trials_that_contradict_one_another_give_a_curve_that_never_falls():
+    plan = chain([8], [])
+    (curve,) = measured_curves(lattice(plan), Sensitivities(np.array([[0.25, 0.5, 0.75]]), np.array([[3.0, 1, 4]])))
+    assert (np.diff(curve) <= 0).all()
+    assert curve[6] == pytest.approx(3)
+
+
+def test_a_group_without_trials_costs_nothing():
+    plan = chain([8, 8], [])
+    found = Sensitivities(np.array([[np.nan, np.nan], [0.5, np.nan]]), np.array([[np.nan, np.nan], [4.0, np.nan]]))
+    first, second = measured_curves(lattice(plan), found)
+    assert not first.any()
+    assert second[4] == pytest.approx(4)
+
+
+def test_what_was_measured_shares_the_budget_in_place_of_the_damage():
+    plan = chain([64, 64], [])
+    scores = dataclasses.replace(tried(plan, [[0.5], [0.5]], [[1.0], [1e-4]]), damage=np.repeat([1e-4, 1.0], 64))
+    got = select(plan, scores, ratio=0.25, ranking="global", allocation="measured")
+    assert [len(k) for k in got.keep.values()] == [64, 32]
+    assert got.allocation == "measured"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -89,11 +89,11 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     model.mid_block.eval()
     before = copy.deepcopy(model.state_dict())
     identity = [id(p) for p in model.parameters()]
-    seen: list[torch.device] = []
-    handle = model.conv_in.register_forward_hook(lambda m, i, o: seen.append(o.device))
+    seen: list[Tensor] = []
+    handle = model.conv_in.register_forward_hook(lambda m, i, o: seen.append(o))
     dpf.trace(model)
     handle.remove()
-    assert {d.type for d in seen} == {"meta"}, "the model's own hooks run, on meta"
+    assert [t.is_meta for t in seen] == [True], "the model's own hooks run, on meta"
     assert [id(p) for p in model.parameters()] == identity
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert model.training
@@ -209,12 +209,10 @@ def test_reading_a_number_from_ids_is_followed() -> None:
 
 def test_autocast_of_an_activations_device_is_followed() -> None:
     def between(h: Tensor) -> Tensor:
-        with torch.autocast(h.device.type, torch.float32):
+        with torch.autocast(h.device.type, torch.bfloat16):
             return h * 2
 
-    init = torch.autocast.__init__
     assert "conv1" in [g.name for g in dpf.trace(TwoConvs(between), X).groups]
-    assert torch.autocast.__init__ is init
 
 
 def test_ids_along_other_dims_leave_channels_free() -> None:

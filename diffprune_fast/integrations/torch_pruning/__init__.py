@@ -1,0 +1,18 @@
+"""Torch-Pruning with this package's kernels and plans: its importances in one pass, its slicing, its gaps."""
+
+from __future__ import annotations
+
+from .acceleration import Acceleration, accelerate
+from .importance import FusedImportance
+from .plan_pruner import PlanGroup, PlanPruner, plan_to_groups
+from .plans import plan_from_dependency_graph
+
+__all__ = [
+    "Acceleration",
+    "FusedImportance",
+    "PlanGroup",
+    "PlanPruner",
+    "accelerate",
+    "plan_from_dependency_graph",
+    "plan_to_groups",
+]

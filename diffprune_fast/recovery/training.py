@@ -1,0 +1,198 @@
+"""The loop: loss, gradients, clipping, step, average; on one process or on all that accelerate launched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from ..objective.batches import count, part
+from ..objective.loss import Objective
+from ..objective.loss_run import precision
+from ..objective.nested import moved
+from ..objective.randomness import NOISE, TIMESTEPS, Stream, generator_for, stratified
+from .distillation import StepLoss
+from .position import Position
+from .progress import Progress
+from .state import read_state, write_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# The place of a process's dropout in the seed's tree.
+DROPOUT = 31
+
+
+class Step(nn.Module):
+    """A step's loss as a module's forward, which DistributedDataParallel can wrap, whatever the loss calls."""
+
+    def __init__(self, model: nn.Module, loss: StepLoss, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = (loss,)  # in a tuple: a loss that is a module itself brings no parameters of its own to train
+        self._autocast = autocast
+
+    def forward(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
+        with precision(t.device, self._autocast):
+            return self._loss[0](self.model, batch, t, noise)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How many steps of how many batches each, the gradient's largest norm, and the seed of everything."""
+
+    steps: int
+    clip: float
+    accumulate: int
+    seed: int
+
+
+@dataclass
+class Training:
+    """A training that can be stopped and gone on with. losses: of the steps so far.
+
+    A batch is shared out among the processes, so the losses are those of one process, whatever their number; timesteps
+    and noise are drawn for the whole of it.
+    """
+
+    model: nn.Module
+    parameters: list[nn.Parameter]
+    step_loss: nn.Module
+    objective: Objective
+    optimizer: Any
+    rate: Any
+    average: EMAModel
+    position: Position
+    accelerator: Accelerator
+    settings: Settings
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        draws = generator_for(self.settings.seed, DROPOUT, self.accelerator.process_index)
+        self._dropout = Stream(int(torch.randint(2**31, (), generator=draws)))
+
+    def run(self, progress: Progress, checkpoint: Path | None, every: int, about: Mapping[str, Any]) -> None:
+        """All steps that are left; the model ends with the average of its weights. about: beside the state, on disk."""
+        with progress:
+            while (n := len(self.losses)) < self.settings.steps:
+                lr = self.rate.get_last_lr()[0]
+                loss, norm = self._step(n)
+                self.accelerator.log({"loss": loss, "gradient norm": norm, "lr": lr}, step=n)
+                progress.step(loss)
+                if checkpoint is not None and ((n + 1) % every == 0 or n + 1 == self.settings.steps):
+                    self.save(checkpoint, about)
+        self.average.copy_to(self.parameters)
+
+    def _step(self, n: int) -> tuple[float, float]:
+        """Step ``n``: its loss, and the norm of its gradients before clipping."""
+        parts = self.settings.accumulate
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(parts):
+            with self._apart() if i + 1 < parts else nullcontext():
+                total += self._backward(n * parts + i) / parts
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total.to(self.device), "sum")
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
+        loss = self._finite(float(total), float(norm), n)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.rate.step()
+        self.average.step(self.parameters)
+        self.losses.append(loss)
+        return loss, float(norm)
+
+    def _backward(self, k: int) -> Tensor:
+        """The gradients of batch ``k``; gives this process's share of its loss, on the host."""
+        batch = next(self.position)
+        rank, ranks, n = self.accelerator.process_index, self.accelerator.num_processes, count(batch)
+        if n < ranks:
+            raise ValueError(f"the loader yields batches of {n}, which {ranks} processes share: give larger ones")
+        rows = slice(rank * n // ranks, (rank + 1) * n // ranks)
+        seed, device = self.settings.seed, self.device
+        t = stratified(np.arange(self.objective.n_timesteps), n, generator_for(seed, TIMESTEPS, k))[rows].to(device)
+        noise = self.objective.noise(batch, generator_for(seed, NOISE, k))[rows].to(device)
+        mine = moved(part(batch, rows.start, rows.stop) if ranks > 1 else batch, device)
+        with self._dropout:
+            value = self.step_loss(mine, t, noise)
+        share = (rows.stop - rows.start) / n
+        # Gradients are averaged over the processes.
+        self.accelerator.backward(value * share * ranks / self.settings.accumulate)
+        return value.detach().cpu().double() * share
+
+    def _apart(self) -> AbstractContextManager[Any]:
+        """Gradients stay with this process: others are yet to be added."""
+        return self.accelerator.no_sync(self.step_loss)
+
+    def _finite(self, loss: float, norm: float, step: int) -> float:
+        """Raises FloatingPointError; half precision's scaler looks after infinite gradients itself."""
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None)):
+            raise FloatingPointError(
+                f"the loss is {loss} and its gradient's norm {norm} at step {step}: look for NaN in the weights or "
+                "images, or lower lr"
+            )
+        return loss
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    def save(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Write everything that the rest of the training depends on; the first process writes."""
+        dropout = self._dropout.states
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            dropouts = gather_object([dropout])
+        else:
+            dropouts = [dropout]
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "settings": dict(about),
+                "losses": torch.tensor(self.losses, dtype=torch.float64),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rate": self.rate.state_dict(),
+                "average": self.average.state_dict(),
+                "position": self.position.state(),
+                "dropout": dropouts,
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            write_state(path, state)
+
+    def load(self, path: Path, about: Mapping[str, Any]) -> int:
+        """Go on from what :meth:`save` wrote; gives the steps that are done, 0 where there is no file.
+
+        Raises ValueError for the state of another training or model.
+        """
+        state = read_state(path, about)
+        if state is None:
+            return 0
+        mine, theirs = ({n: tuple(x.shape) for n, x in s.items()} for s in (self.model.state_dict(), state["model"]))
+        if mine != theirs:
+            other = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))[0]
+            raise ValueError(
+                f"{path} is of another model: {other} is {theirs.get(other)} there, {mine.get(other)} here. Remove the "
+                "file to begin anew"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rate.load_state_dict(state["rate"])
+        self.average.load_state_dict(state["average"])
+        self.average.to(self.device)
+        self.losses = state["losses"].tolist()
+        if len(state["dropout"]) == self.accelerator.num_processes:  # another number draws other dropout
+            self._dropout.states = state["dropout"][self.accelerator.process_index]
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if len(self.losses) < self.settings.steps:
+            self.position.go_to(state["position"])
+        return len(self.losses)
