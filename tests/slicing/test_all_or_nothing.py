@@ -23,11 +23,14 @@ from torch import Tensor, nn
 import diffprune_fast as dpf
 from diffprune_fast import method
 from diffprune_fast.ops import backends, cpu
+from diffprune_fast.plan.keep_sets import sliced_shapes
 from diffprune_fast.pruned.record import record_of
 from diffprune_fast.slicing import commit
 from diffprune_fast.slicing.commit import carry_out
 
-PRUNE, DROP = (sys.modules[f"diffprune_fast.{name}"] for name in ("slicing.prune", "depth.drop_blocks"))
+PRUNE, DROP, SHALLOWER = (
+    sys.modules[f"diffprune_fast.{name}"] for name in ("slicing.prune", "depth.drop_blocks", "depth.shallower")
+)
 SLICERS = [n for n in ("cpu", "reference") if backends()[f"slice_channels/{n}"] == "ok"]
 
 
@@ -86,7 +89,9 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PRUNE, "retrace", lambda *a: None)
 
 
-def _tried(make: Callable[[], Any], work: Callable[..., Any], error: type[BaseException], begin: Any) -> None:
+def _tried(
+    make: Callable[[], Any], work: Callable[..., Any], error: type[BaseException], begin: Any, *files: str
+) -> None:
     """Raise at every line, each time on something freshly made: ``work(*make())``; untouched, or done with a result."""
     made = make()
     calm = Lines(-1, begin)
@@ -94,7 +99,7 @@ def _tried(make: Callable[[], Any], work: Callable[..., Any], error: type[BaseEx
     wanted = photograph(*made)
     survived: list[str] = []
     assert calm.count > 20
-    for at in each_line(calm.order):
+    for at in each_line(calm.order, files):
         made = make()
         before = photograph(*made)
         fault = Lines(at, begin, error)
@@ -165,11 +170,14 @@ def test_a_fault_after_scoring_rotating_and_dropping_blocks(
     monkeypatch.setattr(method, "score", functools.wraps(dpf.score)(lambda *a, **k: scores))
     monkeypatch.setattr(method, "trace", lambda *a, **k: plan)
     monkeypatch.setattr(method.compensation, "compensate", solved)
+    monkeypatch.setattr(method, "dry_run", lambda model, plan, keep, **k: sliced_shapes(model, plan, keep))
+    blocks = dpf.depth.find_blocks(Net(), X)
+    monkeypatch.setattr(SHALLOWER, "find_blocks", lambda *a: blocks)
 
     def work(model: nn.Module) -> dpf.PruneResult:
         return method.score_and_prune(model, data, example_inputs=X, drop_blocks="blocks.0", inplace=inplace, **options)
 
-    _tried(lambda: (Net(),), work, error, (method, "_change"))
+    _tried(lambda: (Net(),), work, error, (method, "_change"), "method.py", "commit.py")
 
 
 def test_calls_are_made_once_and_to_the_end() -> None:
