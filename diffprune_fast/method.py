@@ -58,6 +58,7 @@ def score_and_prune(
     drop_blocks: int | str | Sequence[str] | None = None,
     rotate: bool = True,
     compensate: CompensationMode | bool = "auto",
+    proof: bool = True,
     seed: int = 0,
     **options: Unpack[Options],
 ) -> PruneResult:
@@ -90,6 +91,7 @@ def score_and_prune(
             :func:`~diffprune_fast.rotation.rotate_heads`.
         compensate: with a loader, the layers that lost inputs are solved anew so that they answer as the dense model's
             do; False leaves them as sliced. See :func:`~diffprune_fast.compensation.compensate` for the modes.
+        proof: one real forward shows that slicing removes the channels and nothing else, see :func:`prune`.
         seed: the same one gives the same keep-sets.
         options: those of :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select`
             (``ranking``, ``round_to``, ``ignore``, …).
@@ -171,7 +173,12 @@ def score_and_prune(
                 None if compensate is False else loader,
                 inplace=inplace,
                 optimizer=optimizer,
-                slicing={"norm_groups": norm_groups, "example_inputs": example_inputs, "backend": backend},
+                slicing={
+                    "norm_groups": norm_groups,
+                    "example_inputs": example_inputs,
+                    "backend": backend,
+                    "proof": proof,
+                },
                 solving={
                     "mode": "auto" if compensate is True else compensate,
                     "autocast": scoring.get("autocast"),
@@ -211,10 +218,10 @@ def _slice(
     seconds = {**trial.seconds, "compensate": found.seconds}
     if not inplace:
         return record(trial, compensation=found, seconds=seconds)
-    result = prune(dense, plan, keep, inplace=True, optimizer=optimizer, **slicing)
+    result = prune(dense, plan, keep, inplace=True, optimizer=optimizer, **{**slicing, "proof": False})
     for mine, solved in zip(result.model.parameters(), trial.model.parameters(), strict=True):
         mine.data.copy_(solved.data)
-    return record(result, compensation=found, seconds=seconds)
+    return record(result, compensation=found, proof=trial.proof, seconds=seconds)
 
 
 def _needs_data(scoring: Mapping[str, Any], compensate: CompensationMode | bool) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..architectures.inputs import calls_of
 from ..checkpoint.saving import replace_save_pretrained
 from ..choices import NormGroups
 from ..plan.keep_sets import Sliced, sliced_shapes
@@ -19,6 +20,7 @@ from ..pruned.record import attach_record, before_pruning
 from ..result import PruneResult, record
 from .execute import slice_model
 from .optimizers import check_optimizer
+from .proof import prove
 from .verify import check_keep, check_model, retrace
 
 
@@ -55,6 +57,7 @@ def prune(
     optimizer: torch.optim.Optimizer | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     backend: str = "auto",
+    proof: bool = True,
 ) -> PruneResult:
     """Remove every unit that ``keep`` doesn't list, with all the channels that belong to it.
 
@@ -73,6 +76,9 @@ def prune(
         optimizer: of the model's parameters; its per-element state is sliced too. State of another shape (factored
             moments, as Adafactor's) is refused.
         example_inputs: what :func:`trace` was given, if it was.
+        proof: run one real forward of the sliced model, and one of the dense model with the removed channels masked,
+            before anything changes: they must call the same operations and give the same output. ``result.proof`` says
+            what that has shown; False leaves it out. Inputs without values are noise.
         backend: ``"auto"``, or who moves the channels, see :func:`~diffprune_fast.ops.slice_channels_`.
 
     Returns:
@@ -99,6 +105,7 @@ def prune(
     started = time.perf_counter()
     sliced = dry_run(model, plan, keep, norm_groups=norm_groups, example_inputs=example_inputs)
     check_optimizer(model, optimizer, inplace, {name for name, _ in sliced.kept})
+    proven = prove(model, plan, sliced, calls_of(model, example_inputs)) if proof else None
     checked = time.perf_counter()
     if not inplace:
         model = copy.deepcopy(model)
@@ -117,6 +124,7 @@ def prune(
             norm_groups=norm_groups,
             shapes=sliced.shapes,
             attributes=sliced.attributes,
+            proof=proven,
             seconds={"verify": checked - started, "slice": done - checked},
         )
     )
