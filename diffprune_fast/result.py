@@ -30,6 +30,24 @@ from .selection.select import Selection
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What one real forward of the sliced model, beside the dense one with its channels masked, has shown.
+
+    calls: how many operations both called, one by one the same. error: the distance of their outputs, as a share of
+    the norm; None where they can't be compared. note: why not.
+    """
+
+    calls: int
+    error: float | None
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"outputs not compared: {self.note}"
+        return f"{self.calls} operations alike in a real forward, outputs differ by {self.error:.1e} of their norm"
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """A pruned model and its proof.
 
@@ -40,7 +58,8 @@ class PruneResult:
     dropped: the residual blocks that were taken out first, blocks: what each would
     have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them. rotation: the
     attention heads that got another basis first. compensation: the losses of the dense, the sliced and the compensated
-    model, and the layers that were solved. pipeline,
+    model, and the layers that were solved. proof: what a real forward has shown of the slicing, before compensation;
+    None where it was left out. pipeline,
     component: the diffusers pipeline that the model is part of, and the model's name there; None for a model alone.
     """
 
@@ -61,6 +80,7 @@ class PruneResult:
     blocks: BlockScores | None = None
     rotation: Rotation | None = None
     compensation: Compensation | None = None
+    proof: Proof | None = None
     pipeline: Any = None
     component: str | None = None
 
@@ -158,6 +178,8 @@ class PruneResult:
             lines.append(f"split-half agreement: {self.scores.agreement:.3f} after {self.scores.samples} samples")
         if self.rotation is not None:
             lines.append(f"heads: {str(self.rotation).splitlines()[0]}")
+        if self.proof is not None:
+            lines.append(f"proof: {self.proof}")
         if self.compensation is not None:
             lines += str(self.compensation).splitlines()
         lines += [f"note:   {note}" for note in self.plan.notes]
@@ -199,6 +221,8 @@ def noted(result: PruneResult) -> dict[str, Any]:
             "ranking": chosen.ranking,
             "notes": list(chosen.notes),
         }
+    if result.proof is not None:
+        about["proof"] = _plain_value(asdict(result.proof))
     if result.compensation is not None:
         about["compensation"] = _plain_value(asdict(result.compensation))
     if result.scores is not None:
