@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..objective.nested import tensors_in
 
-
 # Others may have no storage of their own.
 PLAIN = (Tensor, nn.Parameter)
 
