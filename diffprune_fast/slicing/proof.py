@@ -62,6 +62,9 @@ def _computed_in(model: nn.Module, wanted: torch.dtype) -> torch.dtype:
 
 def _prove(model: nn.Module, plan: Plan, sliced: Sliced, calls: Sequence[Call], dtype: torch.dtype) -> Proof:
     dtype = _computed_in(model, dtype)
+    for name, _, _, t in tables(model):  # kernels would read what isn't there
+        if not t.is_meta and t.untyped_storage().nbytes() < t.numel() * t.element_size():
+            return Proof(0, None, f"the memory of {name} was released")
     inputs = [(method, *_real((args, kwargs), device_of(model), dtype)) for method, args, kwargs in calls]
     factors: dict[str, list[tuple[np.ndarray, float]]] = {}
     for name, rows, factor in scale_factors(plan, sliced):
