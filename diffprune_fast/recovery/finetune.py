@@ -17,7 +17,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..objective.isolation import in_mode
+from ..objective.batches import as_loader
+from ..objective.checks import check_batch
+from ..objective.forms import as_batch
+from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, Objective, images_of, make_objective
 from ..objective.nested import moved
 from ..objective.randomness import generator_for, own_randomness, stratified
@@ -116,7 +119,9 @@ def finetune(
             loss = Distillation(teacher, objective, teacher_share, autocast)
         stack.enter_context(in_mode(model, training=teacher is None))
         stack.enter_context(own_randomness(seed))
-        bar = stack.enter_context(tqdm(_endless(loader, steps), "finetuning", steps, disable=not progress))
+        bar = stack.enter_context(
+            tqdm(_endless(Checked(model, loader, loss_fn), steps), "finetuning", steps, disable=not progress)
+        )
         gradients = _gradients(model, bar, loss, objective, generator_for(seed), autocast)
         losses = _descend(parameters, gradients, optimizer, rate, average, clip, bar)
     return Finetuned(losses, time.perf_counter() - start)
@@ -199,6 +204,18 @@ def _finite(loss: Tensor, norm: Tensor, *, step: int) -> float:
             "images, or lower lr"
         )
     return value
+
+
+class Checked:
+    """A loader whose batches come through the door that scoring has."""
+
+    def __init__(self, model: nn.Module, loader: Any, loss_fn: LossFunction | None) -> None:
+        self.model, self.loader, self.loss_fn = unwrapped(model), as_loader(loader), loss_fn
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in map(as_batch, self.loader):
+            check_batch(self.model, batch, self.loss_fn)
+            yield batch
 
 
 def _endless(loader: Iterable[Any], steps: int) -> Iterator[Any]:
