@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..choices import Autocast, CriterionName, Estimator, VariantName, check_choice
-from ..objective.batches import Batches, check_batch
-from ..objective.checks import check_weights
+from ..objective.batches import Batches
+from ..objective.checks import check_batch, check_weights
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun
