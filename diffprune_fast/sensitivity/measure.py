@@ -36,8 +36,8 @@ from ..selection.ranking import check_scores
 from ..selection.search import nearest
 from ..slicing.execute import slicing_steps
 
-# Shares of a cluster's units that go. Five, from .2 to .9, were no better: 1.025 times the dense loss against 1.024 (a DiT
-# at half its MACs).
+# Shares of a cluster's units that go. Five, from .2 to .9, were no better: 1.025 times the dense loss against 1.024 (a
+# DiT at half its MACs).
 SHARES = (1 / 3, 2 / 3, 0.85)
 # Solved from, and judged on, so many.
 SAMPLES = 64
