@@ -19,6 +19,7 @@ _PUBLIC = {
     "drop_blocks": "depth",
     "PruneResult": "result",
     "score_and_prune": "method",
+    "sweep": "budget_sweep",
     "from_pretrained": "checkpoint",
     "pipeline_from_pretrained": "pipelines",
     "ops": "ops",
@@ -41,6 +42,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from .budget_sweep import sweep as sweep
     from .checkpoint.loading import from_pretrained as from_pretrained
     from .compensation.compensate import compensate as compensate
     from .depth.drop_blocks import drop_blocks as drop_blocks

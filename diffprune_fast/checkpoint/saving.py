@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..architectures.attached import adapters
 from ..architectures.configs import build_on_meta, own_config, shapes_of
 from ..pruned.kept_columns import kept_columns
 from ..pruned.passthrough import dropped_blocks
@@ -98,6 +99,12 @@ _AS_IT_IS = (("safe_serialization", True), ("push_to_hub", False), ("use_flashpa
 
 
 def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None:
+    layers = adapters(model)
+    if layers:
+        raise CheckpointError(
+            f"{len(layers)} layers have adapters ({layers[0]}), which this format doesn't hold: save them apart "
+            "(save_lora_adapter), take them off (unload_lora, or peft's merge_and_unload) and save the model then"
+        )
     weights, tied = _weights(model)
     buffers = {n: b.detach().contiguous() for n, b in model.named_buffers() if n not in weights and n not in tied}
     is_diffusers = hasattr(model, "save_config") and hasattr(model, "config")
