@@ -40,7 +40,7 @@ from .manifest import (
     pack_runs,
     versions,
 )
-from .plain_config import changed_attributes, plain_config
+from .plain_config import changed_attributes, is_own_config, plain_config
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -80,8 +80,15 @@ class SaveAsPruned:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any) -> None:
-        """Write the module as :func:`save` does. Raises ValueError for options of diffusers that this format lacks."""
+        """Write the module as :func:`save` does. Options of diffusers
+        (shards, a variant, …) are for models that their own config describes.
+
+        Raises ValueError for such options with any other model.
+        """
         wanted = {k for k, v in options.items() if v is not None and (k, v) not in _AS_IT_IS}
+        if wanted and is_own_config(self.model):  # nothing but an ordinary model of its class
+            type(self.model).save_pretrained(self.model, save_directory, is_main_process, **options)  # type: ignore
+            return
         if wanted:
             raise ValueError(f"a pruned {type(self.model).__name__} is saved as one safetensors file, without {wanted}")
         if is_main_process:
