@@ -223,6 +223,7 @@ def test_force_removes_nothing_that_is_not_a_result(inputs, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' schedulers
 def test_the_same_seed_gives_two_models_the_same_noise_and_spacings_differ(inputs, unbroken, tmp_path):
     def pixels(name, model, *options):
         run("sample", model, "--n", 2, "--steps", 4, "--out", tmp_path / name, *options)
