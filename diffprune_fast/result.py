@@ -20,7 +20,7 @@ from .compensation.compensate import Compensation
 from .objective.isolation import unwrapped
 from .plan.plan import Complexity, Plan, unreached
 from .pruned.record import attach_record, is_settable, record_of
-from .report.card import facts_of, write_card
+from .report.card import CARD, TAG, facts_of, write_card
 from .report.figures import kept_channels, loss_curve
 from .report.page import write_report
 from .report.table import Measured
@@ -93,8 +93,7 @@ class PruneResult:
         """
         if self.pipeline is None:
             save(self.model, directory)
-            write_card(directory)
-            return
+            return _card(directory)
         assert self.component is not None
         held = self.pipeline.components.get(self.component)
         if held is None or unwrapped(held) is not self.model:
@@ -103,7 +102,7 @@ class PruneResult:
                 "there is with the pipeline's own save_pretrained"
             )
         self.pipeline.save_pretrained(directory)
-        write_card(directory)
+        _card(directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Save into a repository of the Hugging Face hub, which is made if need be; gives the commit's address.
@@ -190,6 +189,13 @@ class PruneResult:
                 "won't fit"
             )
         return "\n".join(lines)
+
+
+def _card(directory: str | os.PathLike[str]) -> None:
+    """A model card, unless somebody wrote another ``README.md`` there."""
+    path = Path(directory) / CARD
+    if not path.exists() or TAG in path.read_text(encoding="utf-8"):
+        write_card(directory)
 
 
 def record(result: PruneResult, **more: Any) -> PruneResult:

@@ -180,6 +180,10 @@ def finetune(
     return Finetuned(tuple(training.losses), time.perf_counter() - start, resumed)
 
 
+# Ways of accelerate to spread one model's weights over processes: their state isn't saved and resumed here yet.
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+
+
 _OF_ACCELERATE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -190,6 +194,7 @@ def _accelerating(given: Accelerator | None, device: torch.device) -> Iterator[A
     from accelerate.state import AcceleratorState, PartialState
 
     if given is not None:
+        _check_sharding(given)
         yield given
         return
     first = not AcceleratorState._shared_state
@@ -202,6 +207,7 @@ def _accelerating(given: Accelerator | None, device: torch.device) -> Iterator[A
             device_placement=False,
             kwargs_handlers=[unused],
         )
+        _check_sharding(made)
         ranks = rank_and_count()[1]
         if ranks != made.num_processes:
             raise ValueError(
@@ -212,6 +218,12 @@ def _accelerating(given: Accelerator | None, device: torch.device) -> Iterator[A
     finally:
         if first:
             AcceleratorState._reset_state(reset_partial_state=alone and rank_and_count()[1] == 1)
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    kind = accelerator.distributed_type.value
+    if kind in _SHARDED:
+        raise ValueError(f"finetune doesn't support {kind}: configure accelerate for several processes without it")
 
 
 @contextmanager
