@@ -52,8 +52,8 @@ class PruneResult:
     dropped: the residual blocks that were taken out first, blocks: what each would
     have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them. rotation: the
     attention heads that got another basis first. compensation: the losses of the dense, the sliced and the compensated
-    model, and the layers that were solved. proof: what a real forward has shown of the slicing, before compensation; None
-    where it was left out. pipeline,
+    model, and the layers that were solved. proof: what a real forward has shown of the slicing, before compensation;
+    None where it was left out. pipeline,
     component: the diffusers pipeline that the model is part of, and the model's name there; None for a model alone.
     """
 
