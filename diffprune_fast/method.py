@@ -18,7 +18,6 @@ from .choices import CompensationMode, Layouts, NormGroups, Units
 from .depth.shallower import Budget, shallower
 from .objective.batches import replayed
 from .objective.calls import first_call
-from .ops.slice_channels import Step
 from .pipelines.encoding import example_call
 from .pipelines.target import Target, are_prompts, find_target, own_loader
 from .plain.wish import Wish
@@ -35,7 +34,7 @@ from .scoring.scores import Scores, rehearsed_scores
 from .selection.options import SelectOptions
 from .selection.select import select
 from .sensitivity.measure import measure_sensitivities
-from .slicing.commit import Change, undo
+from .slicing.commit import Change, gradients_as_now, undo
 from .slicing.optimizers import check_optimizer
 from .slicing.prune import checked, dry_run, prepared, prune
 from .tracing.trace import trace
@@ -148,7 +147,7 @@ def score_and_prune(
 
     backend = scoring.get("backend", "auto")
     laps = _Laps()
-    back: list[Step] = []  # what gives the model back as it was, until the commit begins
+    back = gradients_as_now()  # what gives everything back as it was, until the commit begins
     try:
         shallow = shallower(
             target.model,

@@ -14,6 +14,8 @@ from itertools import chain, compress
 from operator import methodcaller
 from typing import Any, TypeVar
 
+import torch
+
 from ..ops.slice_channels import Step
 from ..pruned.record import Record, attach_record
 from ..result import PruneResult, noted
@@ -70,6 +72,11 @@ def carry_out(steps: Sequence[Step], outcome: T) -> T:
 def undo(steps: Sequence[Step]) -> None:
     """Carry out calls that put things back, for an ``except`` clause: what came up there goes on to the caller."""
     carry_out(steps, None)
+
+
+def gradients_as_now() -> list[Step]:
+    """What puts back whether gradients are recorded: an interrupt in ``torch.no_grad`` can leave that switched off."""
+    return [partial(torch.set_grad_enabled, torch.is_grad_enabled())]
 
 
 class _Signals:

@@ -1,15 +1,16 @@
 """The proof of a slicing: one real forward of the sliced model beside one of the dense model with its channels masked.
 
-A walk on ``meta`` sees what a forward does there. Here the forward runs on numbers, before anything changes: stand-ins
-take the place of the parameters, first the channels that stay, then all of them with zeros in those that go. Both must
-call the same operations and give the same output. Norms and means of the masked model run over as many channels as
+A walk on ``meta`` sees what a forward does there. Here the forward runs on numbers, before anything changes, in a copy
+of the model with stand-ins for its parameters: first the channels that stay, then all with zeros in those that go. Both
+must call the same operations and give the same output. Norms and means of the masked model run over as many channels as
 those of the sliced one.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,12 +21,11 @@ from torch.utils._pytree import tree_map_only
 
 from ..architectures.inputs import Call
 from ..architectures.position_tables import table_of
-from ..objective.isolation import in_mode
 from ..plan.keep_sets import Sliced
 from ..plan.plan import Plan
 from ..pruned.held_tensors import tables
 from ..result import Proof
-from ..tracing.meta import attributes_put_back, device_of
+from ..tracing.meta import device_of
 from ..tracing.outputs import outputs_in
 from ..tracing.verification import attributes_set
 from .execute import scale_factors
@@ -90,17 +90,16 @@ def _prove(model: nn.Module, plan: Plan, sliced: Sliced, calls: Sequence[Call], 
     try:
         for attempt in range(2):  # what is kept outside of the model is there the second time
             try:
-                with attributes_set(model, sliced.attributes):
-                    first = Recorder()
-                    got = _run(model, plan.shapes, sliced, small, inputs, first)
+                first = Recorder()
+                got = _run(model, plan.shapes, sliced.attributes, small, inputs, first)
             except Incomparable:
                 raise
             except Exception as error:
-                _run(model, plan.shapes, sliced, masked, inputs, Recorder())  # raises where the inputs are to blame
+                _run(model, plan.shapes, {}, masked, inputs, Recorder())  # raises where the inputs are to blame
                 raise SliceError(f"the sliced {type(model).__name__} would not run on real inputs: {error}") from error
             try:
                 second = Masked(first.calls)
-                want = _run(model, plan.shapes, sliced, masked, inputs, second)
+                want = _run(model, plan.shapes, {}, masked, inputs, second)
                 second.end()
                 return Proof(len(first.calls), _distance(got, want))
             except Different as error:
@@ -144,23 +143,22 @@ def _distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 
 def _run(
-    model: nn.Module, shapes: Any, sliced: Sliced, cut: Cut, inputs: Sequence[Call], mode: Recorder
+    model: nn.Module, shapes: Any, attributes: Mapping[str, Any], cut: Cut, inputs: Sequence[Call], mode: Recorder
 ) -> list[Tensor]:
-    """All outputs of the calls, with what ``cut`` makes of the parameters in their place."""
+    """All outputs of the calls to a copy with these attributes, and what ``cut`` makes of the parameters."""
     out: list[Tensor] = []
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(in_mode(model, training=False))
-        stack.enter_context(attributes_put_back(model))
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_in_place(model, shapes, cut, mode))
-        stack.enter_context(_same_positions(model, sliced))
+        twin = _twin(model, shapes, cut, mode).eval()
+        stack.enter_context(attributes_set(twin, attributes))
+        stack.enter_context(_same_positions(twin))
         torch.manual_seed(0)
         for method, args, kwargs in inputs:
-            f = model if method == "forward" else getattr(model, method)
+            f = twin if method == "forward" else getattr(twin, method)
             args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
             with mode:
                 result = f(*args, **kwargs)
@@ -168,29 +166,21 @@ def _run(
     return out
 
 
-@contextmanager
-def _in_place(model: nn.Module, shapes: Any, cut: Cut, mode: Recorder) -> Iterator[None]:
-    """What ``cut`` makes of every parameter and floating-point buffer, in its place; a large one when it is used."""
-    first_name: dict[int, str] = {}
-    made: dict[int, Tensor] = {}
-    undo: list[tuple[dict[str, Any], str, Tensor]] = []
+def _twin(model: nn.Module, shapes: Any, cut: Cut, mode: Recorder) -> nn.Module:
+    """A copy with what ``cut`` makes of every parameter and floating-point buffer, a large one when it is used; other
+    tensors are the model's own. Whatever interrupts the proof, the model is as it was."""
+    memo: dict[int, Any] = {}
+    for name, _, _, t in tables(model):
+        if id(t) not in memo:
+            memo[id(t)] = mode.stand_in(name, t, cut) if t.is_floating_point() and name in shapes else t
     try:
-        for name, table, key, t in tables(model):
-            first_name.setdefault(id(t), name)
-            if not t.is_floating_point() or first_name[id(t)] not in shapes:
-                continue
-            if id(t) not in made:
-                made[id(t)] = mode.stand_in(first_name[id(t)], t, cut)
-            undo.append((table, key, t))
-            table[key] = made[id(t)]
-        yield
-    finally:
-        for table, key, t in undo:
-            table[key] = t
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise Incomparable(f"the model can't be copied: {error}") from error
 
 
 @contextmanager
-def _same_positions(model: nn.Module, sliced: Sliced) -> Iterator[None]:
+def _same_positions(model: nn.Module) -> Iterator[None]:
     """Tables of positions that a module would make anew for these inputs aren't masked."""
 
     def check(module: nn.Module, inputs: Any) -> None:

@@ -198,9 +198,9 @@ def test_model_on_meta_is_refused() -> None:
 
 def test_parameters_that_share_memory_are_refused() -> None:
     model = small_unet()
+    plan, keep = pruned_state(model)
     shared = model.down_blocks[0].resnets[0].conv1
     model.up_blocks[-1].resnets[0].conv1.bias = nn.Parameter(shared.bias.data)
-    plan, keep = pruned_state(model)
     before = snapshot(model)
     with pytest.raises(ValueError, match="memory"):
         dpf.prune(model, plan, keep, norm_groups="exact")
