@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .conditioning import SHARED, config_of, read_batch
 from .loss import LossFunction, images_of
 from .nested import tensors_in
+from .ranks import compare_batch
 
 # What a loader that can be walked only once may leave in memory, to be seen again.
 CACHE_BYTES = 1 << 30
@@ -38,6 +39,7 @@ class Batches:
         self._iterator: Iterator[Any] = iter(self._loader)
         self._left: Any = None
         self.first = self._draw(empty=EMPTY)
+        compare_batch(self.first)
         self._pending: list[Any] = [self.first]
 
     def take(self, size: int) -> Any:
