@@ -8,11 +8,12 @@ VENV ?= .venv
 #   make test TORCH="torch>=2.6"                                                 whatever the index has newest
 TORCH ?= torch==2.13.0
 
-# Further arguments: make demo DEMO_ARGS=--quick; make examples EXAMPLE_ARGS=--quick; make study STUDY_ARGS=--quick; make test TEST_ARGS="tests/report/test_report.py -k table"
+# Further arguments: make demo DEMO_ARGS=--quick; make examples EXAMPLE_ARGS=--quick; make study STUDY_ARGS=--quick; make test TEST_ARGS="tests/report/test_report.py -k table"; make test-matrix NOX_ARGS="-s machines"
 DEMO_ARGS ?=
 EXAMPLE_ARGS ?=
 STUDY_ARGS ?=
 TEST_ARGS ?=
+NOX_ARGS ?=
 
 # Threads that wait must sleep: where others use the cores too, spinning makes a training step ten times slower
 # (16 s against 1.6 s on two cores).
@@ -25,13 +26,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: help demo examples study test sanitize lint format bench clean
+.PHONY: help demo examples study test test-matrix sanitize lint format bench clean
 
 help:
 	@echo "make demo     prune a real model, compare it, write demo/report.html (about 8 minutes)"
 	@echo "make examples prune a GAN's generator and a VAE in plain PyTorch (about two minutes)"
 	@echo "make study    ways of pruning compared on four small models (many hours; goes on where it was stopped)"
 	@echo "make test     all tests"
+	@echo "make test-matrix  the tests that depend on it with other instruction sets, threads, Pythons and versions (hours)"
 	@echo "make sanitize the C++ kernels, tested under ASan and UBSan"
 	@echo "make lint     ruff, mypy, clang-format: what a change has to pass"
 	@echo "make format   let ruff and clang-format rewrite the files"
@@ -69,6 +71,9 @@ study: $(VENV)/.study
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(TEST_ARGS)
+
+test-matrix: $(VENV)/.dev
+	$(BIN)/python -m nox $(NOX_ARGS)
 
 sanitize: $(VENV)/.dev
 	PYTHON=$(abspath $(BIN))/python csrc/sanitize.sh

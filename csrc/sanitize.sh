@@ -9,6 +9,7 @@ work=$(mktemp -d)
 trap 'cat "$work"/report.* 2>/dev/null || true; rm -rf "$work"' EXIT
 
 cd "$root"
+csrc/fuzz.sh 200000
 DIFFPRUNE_SANITIZE=1 DIFFPRUNE_CUDA=0 "$python" setup.py -q \
     egg_info --egg-base "$work" build --build-base "$work/build" --build-lib "$work/lib"
 

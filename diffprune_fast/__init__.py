@@ -20,6 +20,7 @@ _PUBLIC = {
     "PruneResult": "result",
     "finetune": "recovery",
     "score_and_prune": "method",
+    "sweep": "budget_sweep",
     "from_pretrained": "checkpoint",
     "pipeline_from_pretrained": "pipelines",
     "CheckpointError": "checkpoint",
@@ -43,6 +44,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from .budget_sweep import sweep as sweep
     from .checkpoint.errors import CheckpointError as CheckpointError
     from .checkpoint.loading import from_pretrained as from_pretrained
     from .compensation.compensate import compensate as compensate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import time
@@ -38,7 +37,7 @@ from .selection.select import select
 from .sensitivity.measure import measure_sensitivities
 from .slicing.commit import Change, undo
 from .slicing.optimizers import check_optimizer
-from .slicing.prune import dry_run, prepared, prune
+from .slicing.prune import checked, dry_run, prepared, prune
 from .tracing.trace import trace
 
 if TYPE_CHECKING:
@@ -68,6 +67,7 @@ def score_and_prune(
     drop_blocks: int | str | Sequence[str] | None = None,
     rotate: bool = True,
     compensate: CompensationMode | bool = "auto",
+    proof: bool = True,
     seed: int = 0,
     **options: Unpack[Options],
 ) -> PruneResult:
@@ -104,6 +104,7 @@ def score_and_prune(
             :func:`~diffprune_fast.rotation.rotate_heads`.
         compensate: with a loader, the layers that lost inputs are solved anew so that they answer as the dense model's
             do; False leaves them as sliced. See :func:`~diffprune_fast.compensation.compensate` for the modes.
+        proof: one real forward shows that slicing removes the channels and nothing else, see :func:`prune`.
         seed: the same one gives the same keep-sets.
         options: those of :func:`score` (``scheduler``, ``estimator``, ``threshold``, …) and of :func:`select`
             (``ranking``, ``round_to``, ``ignore``, …).
@@ -206,7 +207,12 @@ def score_and_prune(
             wish=wish,
             inplace=inplace,
             optimizer=optimizer,
-            slicing={"norm_groups": norm_groups, "example_inputs": example_inputs, "backend": backend},
+            slicing={
+                "norm_groups": norm_groups,
+                "example_inputs": example_inputs,
+                "backend": backend,
+                "proof": proof,
+            },
             solving={
                 "mode": "auto" if compensate is True else compensate,
                 "autocast": scoring.get("autocast"),
@@ -245,13 +251,8 @@ def _change(
     solving: Mapping[str, Any],
 ) -> Change:
     """What slices and, with a loader, compensates: solved on a copy, whose weights the model then takes over."""
-    norm_groups, backend = slicing["norm_groups"], slicing["backend"]
     if loader is None and wish.is_of_widths:
-        began = time.perf_counter()
-        sliced = dry_run(dense, plan, keep, norm_groups=norm_groups, example_inputs=slicing["example_inputs"])
-        seconds = {"verify": time.perf_counter() - began}
-        model = dense if inplace else copy.deepcopy(dense)
-        return prepared(model, plan, sliced, norm_groups, optimizer, backend, seconds=seconds)
+        return checked(dense, plan, keep, inplace=inplace, optimizer=optimizer, **slicing)
     trial = wish.fulfil(prune(dense, plan, keep, inplace=False, **slicing))
     sliced = sliced_shapes(dense, plan, keep)
     found, seconds = None, trial.seconds
@@ -261,9 +262,10 @@ def _change(
     if not inplace:
         return Change(replace(trial, compensation=found, seconds=seconds), (), record_of(trial.model))
     solved = {name: p.data for name, p in trial.model.named_parameters()}
-    change = prepared(dense, plan, sliced, norm_groups, optimizer, backend, solved=solved, seconds=seconds)
+    taking: dict[str, Any] = {"solved": solved, "seconds": seconds}
+    change = prepared(dense, plan, sliced, slicing["norm_groups"], optimizer, slicing["backend"], **taking)
     further = wish.finishing(dense, trial.model, sliced)
-    return change.and_then(further, compensation=found, after=trial.after, shapes=trial.shapes)
+    return change.and_then(further, compensation=found, proof=trial.proof, after=trial.after, shapes=trial.shapes)
 
 
 def _steps(target: Target) -> int:

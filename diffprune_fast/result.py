@@ -20,13 +20,31 @@ from .compensation.compensate import Compensation
 from .objective.isolation import unwrapped
 from .plan.plan import Complexity, Plan, unreached
 from .pruned.record import attach_record, is_settable, record_of
-from .report.card import facts_of, write_card
+from .report.card import CARD, TAG, facts_of, write_card
 from .report.figures import kept_channels, loss_curve
 from .report.page import write_report
 from .report.table import Measured
 from .rotation.rotate import Rotation
 from .scoring.scores import BlockScores, Scores
 from .selection.select import Selection
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What one real forward of the sliced model, beside the dense one with its channels masked, has shown.
+
+    calls: how many operations both called, one by one the same. error: the distance of their outputs, as a share of
+    the norm; None where they can't be compared. note: why not.
+    """
+
+    calls: int
+    error: float | None
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"outputs not compared: {self.note}"
+        return f"{self.calls} operations alike in a real forward, outputs differ by {self.error:.1e} of their norm"
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,8 @@ class PruneResult:
     dropped: the residual blocks that were taken out first, blocks: what each would
     have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them. rotation: the
     attention heads that got another basis first. compensation: the losses of the dense, the sliced and the compensated
-    model, and the layers that were solved. pipeline,
+    model, and the layers that were solved. proof: what a real forward has shown of the slicing, before compensation;
+    None where it was left out. pipeline,
     component: the diffusers pipeline that the model is part of, and the model's name there; None for a model alone.
     """
 
@@ -61,6 +80,7 @@ class PruneResult:
     blocks: BlockScores | None = None
     rotation: Rotation | None = None
     compensation: Compensation | None = None
+    proof: Proof | None = None
     pipeline: Any = None
     component: str | None = None
 
@@ -73,8 +93,7 @@ class PruneResult:
         """
         if self.pipeline is None:
             save(self.model, directory)
-            write_card(directory)
-            return
+            return _card(directory)
         assert self.component is not None
         held = self.pipeline.components.get(self.component)
         if held is None or unwrapped(held) is not self.model:
@@ -83,7 +102,7 @@ class PruneResult:
                 "there is with the pipeline's own save_pretrained"
             )
         self.pipeline.save_pretrained(directory)
-        write_card(directory)
+        _card(directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Save into a repository of the Hugging Face hub, which is made if need be; gives the commit's address.
@@ -158,6 +177,8 @@ class PruneResult:
             lines.append(f"split-half agreement: {self.scores.agreement:.3f} after {self.scores.samples} samples")
         if self.rotation is not None:
             lines.append(f"heads: {str(self.rotation).splitlines()[0]}")
+        if self.proof is not None:
+            lines.append(f"proof: {self.proof}")
         if self.compensation is not None:
             lines += str(self.compensation).splitlines()
         lines += [f"note:   {note}" for note in self.plan.notes]
@@ -168,6 +189,13 @@ class PruneResult:
                 "won't fit"
             )
         return "\n".join(lines)
+
+
+def _card(directory: str | os.PathLike[str]) -> None:
+    """A model card, unless somebody wrote another ``README.md`` there."""
+    path = Path(directory) / CARD
+    if not path.exists() or TAG in path.read_text(encoding="utf-8"):
+        write_card(directory)
 
 
 def record(result: PruneResult, **more: Any) -> PruneResult:
@@ -199,6 +227,8 @@ def noted(result: PruneResult) -> dict[str, Any]:
             "ranking": chosen.ranking,
             "notes": list(chosen.notes),
         }
+    if result.proof is not None:
+        about["proof"] = _plain_value(asdict(result.proof))
     if result.compensation is not None:
         about["compensation"] = _plain_value(asdict(result.compensation))
     if result.scores is not None:

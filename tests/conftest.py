@@ -9,4 +9,5 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # small tensors; and several test processes share the cores
+# Small tensors; and several test processes share the cores. `make test-matrix` asks for more.
+torch.set_num_threads(int(os.environ.get("DIFFPRUNE_TEST_THREADS", "1")))

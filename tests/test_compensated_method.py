@@ -15,6 +15,7 @@ from torch import Tensor
 import diffprune_fast as dpf
 import diffprune_fast.method
 from diffprune_fast import compensation
+from diffprune_fast.plain import wish
 
 QUICK: dict[str, Any] = {"macs": 0.6, "round_to": 4, "max_samples": 32, "progress": False}
 
@@ -87,7 +88,7 @@ def test_whatever_is_raised_leaves_the_model_to_the_bit(
     model = unet()
     before = weights(model)
 
-    owner = compensation if stage == "compensate" else sys.modules["diffprune_fast.method"]
+    owner = {"score": sys.modules["diffprune_fast.method"], "select": wish, "compensate": compensation}[stage]
     real, calls = getattr(owner, stage), []
 
     @wraps(real)

@@ -7,7 +7,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ class Step:
         parser.add_argument("--json", type=Path, required=True, help="file for the rows")
         parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny sizes")
         parser.add_argument("--only", default="", help="models, comma-separated")
+        parser.add_argument("--part", default="", help="which part of the step, where it has several")
         args = parser.parse_args()
         if not args.dry_run and not torch.cuda.is_available():
             raise SystemExit("no CUDA device: --dry-run rehearses this on the CPU")
         self.name, self.path, self.rehearsal = name, args.json, args.dry_run
-        self.only = set(filter(None, args.only.split(",")))
+        self.only, self.part = set(filter(None, args.only.split(","))), args.part
         self.device = torch.device("cpu" if args.dry_run else "cuda")
         if self.rehearsal:
             torch.set_num_threads(1)
@@ -53,6 +55,14 @@ class Step:
         self.row(**fields)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def attempt(self, **labels: Any) -> Iterator[None]:
+        """What fails inside is a row with the reason, not the end of the step."""
+        try:
+            yield
+        except Exception as problem:
+            self.failed(**labels, problem=reason(problem))
 
     def wants(self, model: str) -> bool:
         return not self.only or model in self.only

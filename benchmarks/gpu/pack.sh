@@ -22,4 +22,5 @@ platforms=()
 for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1; do platforms+=(--platform "${tag}_x86_64"); done
 "${PYTHON:-python3}" -m pip download --disable-pip-version-check -q --no-deps --only-binary=:all: \
   --python-version "$version" --implementation cp "${platforms[@]}" -d "$wheels" "${packages[@]}"
+git rev-parse --short HEAD >"$wheels/commit"
 ls -l "$wheels"

@@ -1,4 +1,4 @@
-"""Step 6: images per second of the pruned models, at widths rounded to 8, 16 and 32 and unrounded.
+"""Images per second of the pruned models, at widths rounded to 8, 16 and 32 and unrounded.
 
 One model call of 64 images; the noise predictions of a sampling run cost a fixed number of such calls.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import gpu_timing
 import torch
 from end_to_end import SIZES, precision, unet
-from gpu_timing import Step, reason, spread
+from gpu_timing import Step, spread
 from torch import nn
 
 import diffprune_fast
@@ -48,22 +48,21 @@ def main() -> None:
         dense: dict[str, float] = {}
         for name in ("bf16", "tf32"):
             labels: dict[str, Any] = {"operation": "model call", "model": model_name, "dtype": name}
-            times = time_model(step, model, size, name)
-            dense[name] = times["images_per_s"]
-            step.row(**labels, provider="dense", macs=1.0, **times, ratio=1.0)
+            with step.attempt(**labels, provider="dense"):
+                times = time_model(step, model, size, name)
+                dense[name] = times["images_per_s"]
+                step.row(**labels, provider="dense", macs=1.0, **times, ratio=1.0)
         for round_to in ROUNDINGS:
-            try:
+            provider = f"pruned, rounded to {round_to}" if round_to > 1 else "pruned, unrounded"
+            with step.attempt(operation="model call", model=model_name, provider=provider):
                 result = pruned(model, plan, round_to)
                 for name in ("bf16", "tf32"):
-                    labels = {"operation": "model call", "model": model_name, "dtype": name}
                     times = time_model(step, result.model, size, name)
                     step.row(
-                        **labels, provider=f"pruned, rounded to {round_to}" if round_to > 1 else "pruned, unrounded",
+                        operation="model call", model=model_name, dtype=name, provider=provider,
                         macs=result.after.macs / result.before.macs, **times,
                         ratio=times["images_per_s"] / dense[name],
                     )  # fmt: skip
-            except Exception as problem:
-                step.failed(**labels, provider=f"pruned, rounded to {round_to}", problem=reason(problem))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Step 7: a scoring step (forward, backward, channel_scores) eager, compiled and in a CUDA graph.
+"""A scoring step (forward, backward, channel_scores): eager and in a CUDA graph; ``--part compiled``: torch.compile's.
 
 The step is the package's own, from ``Work.losses`` to ``MicroScores.add``: objective, hooks, buckets and the flags for
 what isn't finite. What the scores cost is the difference to the same step without them.
@@ -7,6 +7,7 @@ what isn't finite. What the scores cost is the difference to the same step witho
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import gpu_timing
 import torch
 from end_to_end import unet
-from gpu_timing import Step, reason, spread
+from gpu_timing import Step, spread
 from torch import nn
 
 import diffprune_fast
@@ -29,7 +30,7 @@ BATCH = 32
 class ScoringStep:
     """One micro-batch of the "micro" estimator, without its loader."""
 
-    def __init__(self, step: Step, model: nn.Module, size: int, name: str, compiled: str = "") -> None:
+    def __init__(self, step: Step, model: nn.Module, size: int, name: str, compiled: str = "", **options: Any) -> None:
         plan = diffprune_fast.trace(model)
         model = copy.deepcopy(model).to(step.device).eval()
         self.parameters = dict(model.named_parameters())
@@ -54,7 +55,7 @@ class ScoringStep:
             seed=0,
             autocast=autocast,
         )
-        self.collector = MicroScores(self.work, units, "abs")
+        self.collector = MicroScores(self.work, units, "abs", **options)
         thetas = {n: p.detach() for n, p in self.parameters.items()}
         self.thetas = [thetas[n] for n in units.names]
         self.grads = [torch.randn_like(t) for t in self.thetas]
@@ -67,6 +68,12 @@ class ScoringStep:
 
     def score(self) -> None:
         channel_scores_(self.scores, self.thetas, self.grads, self.table)
+
+    def gradients_only(self) -> Callable[[Any], None]:
+        return lambda _: self.gradients()
+
+    def score_only(self) -> Callable[[Any], None]:
+        return lambda _: self.score()
 
     def both(self, _: Any = None) -> None:
         self.collector.add(0, partial(self.work.mean_loss, *self.inputs))
@@ -90,32 +97,38 @@ class ScoringStep:
 
 def measure(step: Step, model: nn.Module, size: int, name: str) -> None:
     labels = {"operation": "scoring step", "model": "cifar", "dtype": name}
-    plain = ScoringStep(step, model, size, name)
-    alone = spread(step.milliseconds(lambda _: plain.gradients()))
-    for p in plain.parameters.values():
-        p.grad = None
-    step.row(**labels, provider="gradients only", **alone)
-    both = spread(step.milliseconds(plain.both))
-    step.row(**labels, provider="with scores", **both, share=(both["ms"] - alone["ms"]) / both["ms"])
-    scores = spread(step.milliseconds(lambda _: plain.score()))
-    step.row(**labels, provider="scores alone", **scores, share=scores["ms"] / both["ms"])
+    found: dict[str, float] = {}
 
-    def compiled() -> Callable[[Any], None]:
-        return ScoringStep(step, model, size, name, "eager" if step.rehearsal else "inductor").both
-
-    variants: dict[str, Callable[[], Callable[[Any], None]]] = {"torch.compile": compiled}
-    if step.device.type == "cuda":
-        variants["CUDA graph"] = lambda: ScoringStep(step, model, size, name).captured()
-    for provider, make in variants.items():
-        try:
+    def row(provider: str, make: Callable[[], Callable[[Any], Any]]) -> None:
+        with step.attempt(**labels, provider=provider):
             times = spread(step.milliseconds(make()))
-            step.row(**labels, provider=provider, **times, ratio=both["ms"] / times["ms"])
-        except Exception as problem:
-            step.failed(**labels, provider=provider, problem=reason(problem))
+            found[provider] = times["ms"]
+            both, alone = found.get("with scores"), found.get("gradients only")
+            extra: dict[str, float] = {}
+            if both:
+                extra["ratio"] = both / times["ms"]
+            if both and provider == "scores alone":
+                extra["share"] = times["ms"] / both
+            if both and alone and provider == "with scores":
+                extra["share"] = (both - alone) / both
+            step.row(**labels, provider=provider, **times, **extra)
+
+    def fresh(compiled: str = "") -> ScoringStep:
+        return ScoringStep(step, model, size, name, compiled)
+
+    if step.part == "compiled":
+        row("with scores", lambda: fresh().both)
+        row("torch.compile", lambda: fresh("eager" if step.rehearsal else "inductor").both)
+        return
+    row("gradients only", lambda: fresh().gradients_only())
+    row("with scores", lambda: fresh().both)
+    row("scores alone", lambda: fresh().score_only())
+    if step.device.type == "cuda":
+        row("CUDA graph", lambda: fresh().captured())
 
 
 def main() -> None:
-    step = Step("scoring step", __doc__.splitlines()[0])
+    step = Step("scoring step, compiled" if "compiled" in sys.argv else "scoring step", __doc__.splitlines()[0])
     model = unet(step, "cifar")
     for name in ("tf32", "bf16"):
         measure(step, model, 8 if step.rehearsal else 32, name)

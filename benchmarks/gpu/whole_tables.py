@@ -1,4 +1,8 @@
-"""Step 4: ``channel_scores_`` and ``slice_channels_`` on whole parameter tables, every provider checked before timed.
+"""``channel_scores_`` and ``slice_channels_`` on whole parameter tables, every provider checked before timed.
+
+``--part ours`` (step "kernels"): ours, on the tables that the aims name. ``--part others`` (step "baselines"): plain
+PyTorch, Torch-Pruning's way and torch.compile. Shapes come from parameter_shapes.json, so that neither needs diffusers
+(``--write`` makes it anew from unet_configs.py).
 
 Bytes: scoring reads every weight and gradient; slicing reads the kept rows and writes what stays. Rates stand beside
 the copy bandwidth (bytes read + bytes written) measured in the same run.
@@ -7,14 +11,16 @@ the copy bandwidth (bytes read + bytes written) measured in the same run.
 from __future__ import annotations
 
 import gc
+import json
 import math
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gpu_timing
 import torch
-import unet_configs
-from gpu_timing import Step, reason, spread
+from gpu_timing import Step, spread
 from torch import Tensor
 
 from diffprune_fast import ops
@@ -23,12 +29,14 @@ from diffprune_fast.ops import cuda, slice_tables
 SliceAll = Callable[[list[Tensor], list[ops.Slice]], list[Tensor]]
 
 TINY = [(16, 8, 3, 3), (16,), (24, 16), (24,)]
-TABLES = [("cifar", torch.float32), ("lsun", torch.float32), ("sd15", torch.float32), ("sd15", torch.bfloat16)]
-TABLES += [("sdxl", torch.bfloat16), ("sdxl", torch.float32)]
+SHAPES = Path(__file__).with_name("parameter_shapes.json")
+TABLES = [("sd15", torch.float32), ("sdxl", torch.bfloat16), ("cifar", torch.float32)]
+MORE_TABLES = [("lsun", torch.float32), ("sd15", torch.bfloat16), ("sdxl", torch.float32)]
+OTHERS = ("reference", "torch_pruning", "torch.compile")
 
 
 def shapes_of(step: Step, model: str) -> list[tuple[int, ...]]:
-    return TINY if step.rehearsal else unet_configs.parameter_shapes(model)
+    return TINY if step.rehearsal else [tuple(shape) for shape in json.loads(SHAPES.read_text())[model]]
 
 
 def tensors(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -74,20 +82,50 @@ def by_layer(f: Callable[..., tuple[Tensor, Tensor]], thetas: list[Tensor], grad
 
 
 def score_providers(
-    step: Step, table: ops.ScoreTable, thetas: list[Tensor], grads: list[Tensor]
+    step: Step, table: ops.ScoreTable, thetas: list[Tensor], grads: list[Tensor], compiles: bool
 ) -> dict[str, Callable[[Any], Tensor]]:
     scores = torch.zeros(table.n_units, dtype=torch.float64, device=step.device)
 
     def ours(backend: str) -> Callable[[Any], Tensor]:
         return lambda _: ops.channel_scores_(scores.zero_(), thetas, grads, table, backend=backend)
 
-    compiled = torch.compile(sums, dynamic=True, backend="eager" if step.rehearsal else "inductor")
-    return {
-        "ours": ours("auto"),
+    if step.part != "others":
+        bound = table.bind(scores, thetas)
+        out: dict[str, Callable[[Any], Tensor]] = {"ours": ours("auto"), "ours, bound": lambda _: at_zero(bound)}
+
+        def at_zero(call: ops.BoundScores) -> Tensor:
+            scores.zero_()
+            return call(grads)
+
+        if step.device.type == "cuda":
+            out["ours, CUDA graph"] = captured(bound, scores, grads)
+        return out
+    out = {
         "reference": ours("reference"),
         "torch_pruning": lambda _: by_layer(torch_pruning_sums, thetas, grads),
-        "torch.compile": lambda _: by_layer(compiled, thetas, grads),
     }
+    if compiles:
+        compiled = torch.compile(sums, dynamic=True, backend="eager" if step.rehearsal else "inductor")
+        out["torch.compile"] = lambda _: by_layer(compiled, thetas, grads)
+    return out
+
+
+def captured(bound: ops.BoundScores, scores: Tensor, grads: list[Tensor]) -> Callable[[Any], Tensor]:
+    """The device's time alone: a captured call has no launch overhead. The graph is made at the first call."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def replay(_: Any) -> Tensor:
+        if not graphs:
+            bound(grads)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                scores.zero_()
+                bound(grads)
+            graphs.append(graph)
+        graphs[0].replay()
+        return scores
+
+    return replay
 
 
 def measure_scores(step: Step, model: str, dtype: torch.dtype, copy: float) -> None:
@@ -98,35 +136,17 @@ def measure_scores(step: Step, model: str, dtype: torch.dtype, copy: float) -> N
     wanted = torch.zeros(table.n_units, dtype=torch.float64, device=step.device)
     for i, (theta, grad) in enumerate(zip(thetas, grads)):
         ops.reference.channel_scores_(wanted, [theta.double()], [grad.double()], table.subset([i]))
-    for name, work in score_providers(step, table, thetas, grads).items():
+    compiles = (model, dtype) == ("sd15", torch.float32) or step.rehearsal
+    for name, work in score_providers(step, table, thetas, grads, compiles).items():
         labels = {"operation": "channel_scores", "model": model, "dtype": str(dtype)[6:], "provider": name}
-        try:
+        with step.attempt(**labels):
             error = float(((work(None).double() - wanted).abs() / wanted.clamp(min=1e-12)).max())
             # Torch-Pruning multiplies in the weights' own dtype: bf16 can't be closer
             if error > (0.05 if name == "torch_pruning" and dtype == torch.bfloat16 else 1e-4):
                 raise AssertionError(f"differs from float64 by {error:.2g}")
-            times = spread(step.milliseconds(work))
+            times = spread(step.milliseconds(work, 5 if name in OTHERS else 10))
             rate = n_bytes / times["ms"] / 1e6
             step.row(**labels, **times, gb_s=rate, of_copy=rate / copy, error=error)
-        except Exception as problem:  # a provider that fails is a row, not the end
-            step.failed(**labels, problem=reason(problem))
-    if step.device.type == "cuda":
-        measure_capture(step, model, table, thetas, grads, n_bytes, copy)
-
-
-def measure_capture(
-    step: Step, model: str, table: ops.ScoreTable, thetas: list[Tensor], grads: list[Tensor], n_bytes: int, copy: float
-) -> None:
-    """The device's time alone: a captured call has no launch overhead."""
-    scores = torch.zeros(table.n_units, dtype=torch.float64, device=step.device)
-    ops.channel_scores_(scores, thetas, grads, table)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ops.channel_scores_(scores, thetas, grads, table)
-    times = spread(step.milliseconds(lambda _: graph.replay()))
-    rate = n_bytes / times["ms"] / 1e6
-    labels = {"operation": "channel_scores", "model": model, "dtype": str(thetas[0].dtype)[6:]}
-    step.row(**labels, provider="ours, CUDA graph", **times, gb_s=rate, of_copy=rate / copy)
 
 
 def slices_of(shapes: Sequence[tuple[int, ...]]) -> list[ops.Slice]:
@@ -166,7 +186,14 @@ def measure_slices(step: Step, model: str, dtype: torch.dtype, copy: float) -> N
     expected = [ops.reference.slice_channels(t, s) for t, s in zip(originals, slices)]
     read = sum(t.nbytes // t.shape[0] * len(s.keep.get(0, t)) for t, s in zip(originals, slices))
     n_bytes = read + sum(e.nbytes for e in expected)
-    providers = {"ours": in_place("auto"), "reference": in_place("reference"), "torch_pruning": with_torch_pruning}
+    if step.part == "others":
+        providers = {"reference": in_place("reference"), "torch_pruning": with_torch_pruning}
+    else:
+        providers = {"ours": in_place("auto")}
+        labels = {"operation": "slice_channels", "model": model, "dtype": str(dtype)[6:]}
+        with step.attempt(**labels, provider="ours, kernel alone"):
+            if cuda.availability() == "ok":
+                measure_launch(step, labels, originals, slices, n_bytes, copy)
     for name, run in providers.items():
         labels = {"operation": "slice_channels", "model": model, "dtype": str(dtype)[6:], "provider": name}
 
@@ -176,21 +203,17 @@ def measure_slices(step: Step, model: str, dtype: torch.dtype, copy: float) -> N
         def setup() -> list[Tensor]:
             return [t.clone() for t in originals]
 
-        try:
+        with step.attempt(**labels):
             if not all(torch.equal(a, b) for a, b in zip(work(setup()), expected)):
                 raise AssertionError("not what the reference gives")
             extra = peak_extra(step, setup, work)
-            times = spread(step.milliseconds(work, 3 if name == "torch_pruning" else 10, setup, wall=True))
+            times = spread(step.milliseconds(work, 2 if name == "torch_pruning" else 10, setup, wall=True))
             rate = n_bytes / times["ms"] / 1e6
             step.row(**labels, **times, gb_s=rate, of_copy=rate / copy, error=0.0, extra_mb=extra)
-        except Exception as problem:
-            step.failed(**labels, problem=reason(problem))
-    if cuda.availability() == "ok":
-        measure_launch(step, model, originals, slices, n_bytes, copy)
 
 
 def measure_launch(
-    step: Step, model: str, originals: list[Tensor], slices: list[ops.Slice], n_bytes: int, copy: float
+    step: Step, labels: dict[str, str], originals: list[Tensor], slices: list[ops.Slice], n_bytes: int, copy: float
 ) -> None:
     """The kernel alone, in one launch: tables and targets are there."""
     tables = slice_tables.build(originals, slices, cuda._cuda.fill_table)
@@ -199,7 +222,6 @@ def measure_launch(
     cuda.aim(prepared, everything, targets)
     times = spread(step.milliseconds(lambda _: cuda.launch(prepared, everything), 10))
     rate = n_bytes / times["ms"] / 1e6
-    labels = {"operation": "slice_channels", "model": model, "dtype": str(originals[0].dtype)[6:]}
     step.row(**labels, provider="ours, kernel alone", **times, gb_s=rate, of_copy=rate / copy)
 
 
@@ -218,20 +240,36 @@ def peak_extra(step: Step, setup: Callable[[], Any], work: Callable[[Any], Any])
 
 
 def main() -> None:
-    step = Step("whole tables", __doc__.splitlines()[0])
+    step = Step("baselines" if "others" in sys.argv else "kernels", __doc__.splitlines()[0])
     copy = step.copy_bandwidth()
     step.row(operation="copy", model="4 GiB", provider="torch", gb_s=copy)
-    for model, dtype in TABLES[:1] if step.rehearsal else TABLES:
+    for model, dtype in TABLES[2:] if step.rehearsal else [*TABLES, *MORE_TABLES]:
         if step.wants(model):
             for measure in (measure_scores, measure_slices):
-                measure(step, model, dtype, copy)
-                torch._dynamo.reset()
+                with step.attempt(operation=measure.__name__, model=model, dtype=str(dtype)[6:]):
+                    measure(step, model, dtype, copy)
+                if step.part == "others":
+                    torch._dynamo.reset()
                 gc.collect()
                 if step.device.type == "cuda":
                     torch.cuda.empty_cache()
 
 
+def write_shapes() -> None:
+    """parameter_shapes.json, from diffusers' own classes."""
+    import unet_configs
+
+    lines = [
+        f' "{m}": {json.dumps(unet_configs.parameter_shapes(m), separators=(",", ":"))}'
+        for m in ("cifar", "lsun", "sd15", "sdxl")
+    ]
+    SHAPES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 if __name__ == "__main__":
     assert gpu_timing.ROOT.is_dir()
-    with torch.no_grad():
-        main()
+    if "--write" in sys.argv:
+        write_shapes()
+    else:
+        with torch.no_grad():
+            main()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+# The classes of the next two tables are known by name and by what they hold: an attribute counts where its value is
+# that width, so that copies of diffusers' code are followed and other classes of the name aren't touched.
+
 # class -> attributes that hold the number of channels of the module's input
 INPUT_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "Upsample1D": ("channels",),
@@ -31,8 +36,8 @@ PARAMETER_ATTRIBUTES: dict[str, dict[str, tuple[str, int]]] = {
 
 
 # class -> why its parameters stay
-FROZEN_CLASSES: dict[str, str] = {
-    "MultiheadAttention": "torch.nn.MultiheadAttention insists on square projections",
+FROZEN_CLASSES: dict[type[nn.Module], str] = {
+    nn.MultiheadAttention: "torch.nn.MultiheadAttention insists on square projections",
 }
 
 

@@ -31,9 +31,9 @@ def calls_of(model: nn.Module, example_inputs: ExampleInputs | None) -> list[Cal
         return [("forward", (example_inputs,), {})]
     if example_inputs is not None:
         return [("forward", tuple(example_inputs), {})]
-    for base in type(model).__mro__:
-        if base.__name__ in _KNOWN:
-            return _KNOWN[base.__name__](model)
+    known = _known(model)
+    if known is not None:
+        return known(model)
     raise ValueError(
         f"no example inputs are known for {type(model).__name__}: give example_inputs, a tuple of the forward's "
         "positional arguments or a dict of its keyword arguments"
@@ -42,7 +42,15 @@ def calls_of(model: nn.Module, example_inputs: ExampleInputs | None) -> list[Cal
 
 def knows_inputs(model: nn.Module) -> bool:
     """True where the model's class is one whose inputs follow from its config."""
-    return any(base.__name__ in _KNOWN for base in type(model).__mro__)
+    return _known(model) is not None
+
+
+def _known(model: nn.Module) -> Callable[[nn.Module], list[Call]] | None:
+    """What makes the inputs of a class of diffusers' own, or of one that is derived from it."""
+    for base in type(model).__mro__:
+        if base.__name__ in _KNOWN and base.__module__.partition(".")[0] == "diffusers":
+            return _KNOWN[base.__name__]
+    return None
 
 
 def _meta(*shape: int) -> Tensor:

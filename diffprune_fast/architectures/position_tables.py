@@ -8,6 +8,7 @@ width, of which the kept columns stay.
 from __future__ import annotations
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -96,10 +97,15 @@ class _CogVideoXPatchEmbed(Table):
         return full._get_positional_embeddings(*size, device=device)
 
 
+# By class of diffusers' own: others have a class called PatchEmbed too.
+_MODULE = "diffusers.models.embeddings"
 TABLES: Mapping[str, Table] = {"PatchEmbed": _PatchEmbed(), "CogVideoXPatchEmbed": _CogVideoXPatchEmbed()}
 
 
 def table_of(module: nn.Module) -> Table | None:
     """The rule for a module that recomputes its table, else None."""
-    table = TABLES.get(type(module).__name__)
-    return table if table is not None and table.applies(module) else None
+    theirs = vars(sys.modules[_MODULE]) if _MODULE in sys.modules else {}
+    for name, table in TABLES.items():
+        if name in theirs and isinstance(module, theirs[name]):
+            return table if table.applies(module) else None
+    return None

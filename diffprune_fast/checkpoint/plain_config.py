@@ -72,6 +72,12 @@ def plain_config(model: nn.Module) -> dict[str, Any] | None:
     return None
 
 
+def is_own_config(model: nn.Module) -> bool:
+    """Whether the config that ``model`` carries builds it as it is."""
+    found = plain_config(model)
+    return found is not None and found == own_config(model)
+
+
 def _same_settings(model: nn.Module, fresh: nn.Module) -> bool:
     theirs = dict(fresh.named_modules())
     for path, module in model.named_modules():

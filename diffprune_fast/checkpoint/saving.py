@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..architectures.attached import adapters
 from ..architectures.configs import build_on_meta, own_config, shapes_of
 from ..pruned.kept_columns import kept_columns
 from ..pruned.passthrough import dropped_blocks
@@ -39,7 +40,7 @@ from .manifest import (
     signed,
     versions,
 )
-from .plain_config import changed_attributes, plain_config
+from .plain_config import changed_attributes, is_own_config, plain_config
 from .replacing import FileSet, replace_files
 
 # diffusers' own loaders read the weights by the config.
@@ -83,8 +84,15 @@ class SaveAsPruned:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any) -> None:
-        """Write the module as :func:`save` does. Raises ValueError for options of diffusers that this format lacks."""
+        """Write the module as :func:`save` does. Options of diffusers
+        (shards, a variant, …) are for models that their own config describes.
+
+        Raises ValueError for such options with any other model.
+        """
         wanted = {k for k, v in options.items() if v is not None and (k, v) not in _AS_IT_IS}
+        if wanted and is_own_config(self.model):  # nothing but an ordinary model of its class
+            type(self.model).save_pretrained(self.model, save_directory, is_main_process, **options)  # type: ignore
+            return
         if wanted:
             raise ValueError(f"a pruned {type(self.model).__name__} is saved as one safetensors file, without {wanted}")
         if is_main_process:
@@ -102,6 +110,12 @@ _AS_IT_IS = (("safe_serialization", True), ("push_to_hub", False), ("use_flashpa
 
 
 def _write(model: nn.Module, record: Mapping[str, Any], directory: Path) -> None:
+    layers = adapters(model)
+    if layers:
+        raise CheckpointError(
+            f"{len(layers)} layers have adapters ({layers[0]}), which this format doesn't hold: save them apart "
+            "(save_lora_adapter), take them off (unload_lora, or peft's merge_and_unload) and save the model then"
+        )
     weights, tied = _weights(model)
     check_finite(model.named_parameters())
     buffers = {n: b.detach().contiguous() for n, b in model.named_buffers() if n not in weights and n not in tied}

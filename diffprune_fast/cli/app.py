@@ -24,7 +24,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 INDEX = "model_index.json"
-RUN = "run.json"
+# What shows that a folder was written here.
+RUN, RESULT = "run.json", "evaluation.json"
 
 ModelDir = Annotated[Path, typer.Argument(help="Folder of a diffusers model or pipeline, pruned before or not.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is in --out.")]
@@ -92,10 +93,17 @@ def errors_in_one_line() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def check_out(out: Path, model_dir: Path | None = None, force: bool = False, unfinished: str | None = None) -> None:
+def check_out(
+    out: Path,
+    model_dir: Path | None = None,
+    force: bool = False,
+    unfinished: str | None = None,
+    empties: bool = False,
+) -> None:
     """Before anything costs time: a place that can be written to, none of the original's, and nothing in it.
 
-    unfinished: a file that shows that what is there was begun by the same command and broke off.
+    unfinished: a file that shows that what is there was begun by the same command and broke off. empties: what is there
+    will be removed, so it must be a result of ours.
     """
     target = out.resolve()
     if model_dir is not None:
@@ -114,6 +122,8 @@ def check_out(out: Path, model_dir: Path | None = None, force: bool = False, unf
     taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
     if taken and not force and not (unfinished is not None and {p.name for p in target.iterdir()} <= {unfinished}):
         raise ValueError(f"--out {out} is there already: choose another, or overwrite it with --force")
+    if taken and empties and not any((target / name).is_file() for name in (RUN, RESULT)):
+        raise ValueError(f"--out {out} holds other things, which --force would remove: choose another folder")
 
 
 def command_line(context: typer.Context) -> str:
@@ -178,7 +188,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def emptied(out: Path) -> Path:
-    """The folder ``out`` with nothing in it; only what this program writes is ever below an ``--out``."""
+    """The folder ``out`` with nothing in it; it went through :func:`check_out`."""
     if out.is_dir():
         shutil.rmtree(out)
     out.mkdir(parents=True)

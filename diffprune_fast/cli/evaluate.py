@@ -8,12 +8,10 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..choices import NormGroups, Units
-from .app import Force, ModelDir, Ran, app, check_out, emptied, errors_in_one_line, say, write_json
+from .app import RESULT, Force, ModelDir, Ran, app, check_out, emptied, errors_in_one_line, say, write_json
 from .loading import Opened, open_images, open_model
 from .prune import rehearsed, traced
 from .sampling import DdimSpacing, Labels, Prompts, Sampling, Solver, sampling_of, save_images
-
-RESULT = "evaluation.json"
 
 
 @app.command()
@@ -66,7 +64,7 @@ def evaluate(
         sizes = _numbers(batch_sizes)
         if seeds < 1:
             raise ValueError(f"--seeds {seeds}: give at least 1")
-        check_out(out, model_dir, force)
+        check_out(out, model_dir, force, empties=True)
         opened = open_model(model_dir, component, scheduler, device)
         held = open_images(opened, images, size, batch_size, seed, skip_unreadable, say)
         made = _Made(sampling, opened)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .app import RUN, Force, Ran, app, check_out, errors_in_one_line, say
-from .evaluate import RESULT
+from .app import RESULT, RUN, Force, Ran, app, check_out, errors_in_one_line, say
 from .prune import traced
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import app, errors_in_one_line, say, write_json
+from .app import RESULT, app, errors_in_one_line, say, write_json
 
 # Which stages are done, in the run's folder.
 STAGES = "stages.json"
@@ -210,8 +210,8 @@ def _finish(asked_for: Mapping[str, Any], config: Path) -> None:
     out = Path(asked_for["out"])
     last = "recovered" if asked_for.get("finetune") else "pruned"
     name = "compensated" if last == "pruned" and not (asked_for.get("prune") or {}).get("no_compensate") else last
-    found = json.loads((out / EVALUATIONS / name / "evaluation.json").read_text(encoding="utf-8"))
-    dense = json.loads((out / EVALUATIONS / "dense" / "evaluation.json").read_text(encoding="utf-8"))
+    found = json.loads((out / EVALUATIONS / name / RESULT).read_text(encoding="utf-8"))
+    dense = json.loads((out / EVALUATIONS / "dense" / RESULT).read_text(encoding="utf-8"))
     figures = {}
     for metric, x in found["figures"].items():
         spread = "" if x["deviation"] is None else f" ± {x['deviation']:.2g}"

@@ -168,7 +168,7 @@ def sample(
     with errors_in_one_line():
         ran = Ran(context)
         sampling = sampling_of(n, steps, batch_size, labels, prompts, solver, spacing)
-        check_out(out, model_dir, force)
+        check_out(out, model_dir, force, empties=True)
         images = sampling.images(open_model(model_dir, None, scheduler, device), seed)
         save_images(images, emptied(out))
         ran.write(out, seed=seed)

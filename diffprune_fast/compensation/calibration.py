@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..objective.batches import Batches, check_batch, count, join, part
+from ..objective.batches import Batches, count, join, part
+from ..objective.checks import check_batch
 from ..objective.isolation import stand_ins
 from ..objective.loss import LossFunction, dtype_of, images_of, make_objective
 from ..objective.loss_run import precision, sum_dtype

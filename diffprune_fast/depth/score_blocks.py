@@ -14,8 +14,8 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ..choices import BlockMethod, check_choice
-from ..objective.batches import Batches, check_batch, count
-from ..objective.checks import check_weights
+from ..objective.batches import Batches, count
+from ..objective.checks import check_batch, check_weights
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun

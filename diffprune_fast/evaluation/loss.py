@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..objective.isolation import in_mode
+from ..objective.checks import check_batch
+from ..objective.forms import as_batch
+from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, images_of, make_objective
 from ..objective.nested import map_tensors, moved
 from ..objective.randomness import generator_for, stratified
@@ -56,10 +58,12 @@ def diffusion_loss(
         1.0
     """
     objective = make_objective(model, scheduler, loss_fn)
+    batch = as_batch(batch)
     images = images_of(batch)
     n = len(images)
     if n == 0 or passes < 1:
         raise ValueError(f"{n} images and {passes} passes: the loss needs at least one of each")
+    check_batch(unwrapped(model), batch, loss_fn)
     device = next(model.parameters()).device
     generator = generator_for(seed)
     total = 0.0

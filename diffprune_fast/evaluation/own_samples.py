@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from torch import nn
 from tqdm import tqdm
 
-from ..objective.batches import in_channels
+from ..objective.checks import in_channels
 from ..objective.conditioning import config_of, is_autoencoder, read_batch, wants_labels
 from ..objective.loss import DEFAULT_TIMESTEPS, dtype_of, make_objective
 from ..objective.randomness import generator_for

@@ -6,20 +6,21 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .conditioning import SHARED, config_of, read_batch
-from .loss import LossFunction, images_of
+from .conditioning import SHARED
+from .forms import as_batch
+from .loss import images_of
 from .nested import tensors_in
 from .ranks import compare_batch
 
+# Samples of a batch that is taken of one big tensor.
+ROWS = 64
+
 # What a loader that can be walked only once may leave in memory, to be seen again.
 CACHE_BYTES = 1 << 30
-
-
-# No image in [0, 1] is as bright, and nearly all from 0 to 255 are brighter.
-BRIGHTEST = 2.0
 
 
 EMPTY = "the loader is empty: scoring needs at least one batch of images"
@@ -58,7 +59,7 @@ class Batches:
     def _draw(self, empty: str | None = None) -> Any:
         for attempt in (0, 1):
             try:
-                batch = next(self._iterator)
+                batch = as_batch(next(self._iterator))
             except StopIteration:
                 if attempt or empty:
                     break
@@ -100,9 +101,11 @@ def replayed(loader: Iterable[Any]) -> Iterable[Any]:
 
 
 def as_loader(loader: Any) -> Iterable[Any]:
-    """The loader; a tensor is one batch. Raises TypeError for something that isn't an iterable of batches."""
+    """The loader; one big tensor or array is cut. Raises TypeError for something that isn't an iterable of batches."""
+    if isinstance(loader, np.ndarray):
+        loader = as_batch(loader)
     if isinstance(loader, Tensor):
-        return [loader]
+        return list(loader.split(ROWS)) if loader.ndim else [loader]
     if not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, Mapping)):
         raise TypeError(f"loader must be an iterable of batches, such as a DataLoader; it is {type(loader).__name__}")
     return loader
@@ -113,53 +116,8 @@ def peeked(loader: Any) -> tuple[Any, Iterable[Any]]:
     loader = as_loader(loader)
     iterator = iter(loader)
     for first in iterator:
-        return first, itertools.chain([first], iterator) if iterator is loader else loader
+        return as_batch(first), itertools.chain([first], iterator) if iterator is loader else loader
     raise ValueError(EMPTY)
-
-
-def check_batch(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> None:
-    """Raise ValueError or TypeError for a batch that the model can't be scored with."""
-    check_images(model, batch, channels=loss_fn is None)
-    if loss_fn is None:
-        read_batch(model, batch)
-
-
-def check_images(model: nn.Module, batch: Any, *, channels: bool = True) -> None:
-    """Raise ValueError unless the batch's images are finite floats with the model's number of channels.
-
-    channels: False skips the comparison with ``model.config.in_channels`` (a custom ``loss_fn`` may add channels), and
-    lets pass images from 0 to 255.
-    """
-    images = images_of(batch)
-    if not images.is_floating_point():
-        raise ValueError(f"the loader yields {images.dtype} images; give floats, as in training (usually in [-1, 1])")
-    if images.numel() == 0:
-        raise ValueError(f"the loader yields an empty batch of shape {tuple(images.shape)}")
-    if not bool(images.isfinite().all()):
-        bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        raise ValueError(f"NaN or infinity in the loader's images (positions {bad[:8]} of a batch of {len(images)})")
-    wanted = in_channels(model) if channels else None
-    if wanted is not None and images.shape[1] != wanted:
-        raise ValueError(
-            f"the model takes images of {wanted} channels, the loader yields {images.shape[1]} "
-            f"(batch of shape {tuple(images.shape)})"
-        )
-    # Latents and normalised images have negative values too.
-    if wanted in (1, 3) and float(images.amin()) >= 0 and float(images.amax()) > BRIGHTEST:
-        raise ValueError(
-            f"the loader's images go from {float(images.amin()):g} to {float(images.amax()):g}: diffusion models are "
-            "trained on [-1, 1], which x / 127.5 - 1 makes of 0 to 255 (a model trained on other numbers: loss_fn)"
-        )
-
-
-def in_channels(model: nn.Module) -> int | None:
-    """Channels of the model's images: ``config.in_channels``, else those of its first convolution, else unknown."""
-    configured = config_of(model).get("in_channels")
-    if isinstance(configured, int):
-        # Packed latents (Flux and its kin) are (batch, tokens, channels): the second dim is not the channels.
-        return configured if any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in model.modules()) else None
-    first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
-    return None if first is None else first.in_channels
 
 
 def count(batch: Any) -> int:

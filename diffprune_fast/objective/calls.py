@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import check_batch, part, peeked
+from .batches import part, peeked
+from .checks import check_batch
 from .conditioning import signature_of
 from .isolation import stand_ins
 from .loss import LossFunction, dtype_of, images_of, latents_of, make_objective

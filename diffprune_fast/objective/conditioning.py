@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +14,9 @@ from torch import Tensor, nn
 
 from ..architectures.denoisers import ADDED_KEYS, NEEDED_BY_CONFIG, TIMESTEP_NAMES
 
-IMAGE_KEYS = ("sample", "images", "image", "pixel_values", "latents", "hidden_states", "x")
+_log = logging.getLogger(__name__)
+
+IMAGE_KEYS = ("sample", "images", "image", "pixel_values", "latents", "hidden_states", "x", "input", "img")
 
 
 LABEL_KEYS = ("class_labels", "labels", "label")
@@ -101,6 +106,7 @@ def _split(model: nn.Module, batch: Any, signature: Signature) -> tuple[Tensor, 
                 f"the loader's dict has no image tensor: keys {sorted(map(str, batch))}, expected one of {IMAGE_KEYS}"
             )
         inputs = {k: v for k, v in batch.items() if k != key and (k in signature.accepted or signature.anything)}
+        _check_keys(model, signature, batch, key)
         label = next((batch[k] for k in LABEL_KEYS if isinstance(batch.get(k), Tensor)), None)
         if label is not None and "class_labels" not in inputs and wants_labels(model):
             inputs["class_labels"] = label
@@ -109,7 +115,10 @@ def _split(model: nn.Module, batch: Any, signature: Signature) -> tuple[Tensor, 
         if len(batch) == 1:
             return batch[0], {}
         if len(batch) == 2 and isinstance(batch[1], Tensor) and not batch[1].is_floating_point():
-            return batch[0], {"class_labels": batch[1].reshape(-1)} if wants_labels(model) else {}
+            if not wants_labels(model):
+                _say_unused(type(model).__name__, "labels")
+                return batch[0], {}
+            return batch[0], {"class_labels": batch[1].reshape(-1)}
         raise TypeError(
             f"the loader yields tuples of {len(batch)}; only (images, integer labels) is understood. "
             "Yield a dict that names the conditioning inputs, such as {'images': …, 'encoder_hidden_states': …}"
@@ -118,6 +127,25 @@ def _split(model: nn.Module, batch: Any, signature: Signature) -> tuple[Tensor, 
         f"the loader yields {type(batch).__name__}; expected an image tensor, an (images, labels) pair or a dict of "
         "tensors (or pass loss_fn, which gets the batch as it is)"
     )
+
+
+def _check_keys(model: nn.Module, signature: Signature, batch: Mapping[Any, Any], images: str) -> None:
+    """Raise ValueError for a tensor whose name is nearly one that the model takes: it was meant to be used."""
+    unused = {k for k, v in batch.items() if isinstance(v, (Tensor, Mapping)) and isinstance(k, str)}
+    unused -= {images, signature.sample, *signature.accepted, *IMAGE_KEYS, *LABEL_KEYS}
+    for name in () if signature.anything else sorted(unused):
+        near = difflib.get_close_matches(name, signature.accepted, 1, 0.8)
+        if near:
+            raise ValueError(
+                f"the loader's batches have {name!r}, which {type(model).__name__} doesn't take: did you mean "
+                f"{near[0]!r}?"
+            )
+        _say_unused(type(model).__name__, name)
+
+
+@functools.cache
+def _say_unused(model: str, name: str) -> None:
+    _log.warning("the loader's batches have %r, which %s doesn't take: it is not used", name, model)
 
 
 def config_of(owner: Any) -> Mapping[str, Any]:

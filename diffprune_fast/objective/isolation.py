@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -41,10 +42,17 @@ def stand_ins(model: nn.Module, names: tuple[str, ...]) -> Iterator[Mapping[str,
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel or torch.compile, whose parameter names the plan has."""
+    """The module inside DistributedDataParallel, DataParallel, torch.compile or a PeftModel.
+
+    The plan has its parameter names.
+    """
     inner = getattr(model, "_orig_mod", None)
     if isinstance(inner, nn.Module):
         return unwrapped(inner)
+    # peft's wrapper hands its calls on to a model that has the adapters in it.
+    base: Any = getattr(model, "get_base_model", None)
+    if hasattr(model, "peft_config") and callable(base):
+        return unwrapped(base())
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return unwrapped(model.module)
     return model

@@ -145,6 +145,19 @@ def _called(model: nn.Module, inputs: Mapping[str, Any], signature: Signature) -
             f"{type(model).__name__}.forward failed: {error}. It was given {sorted(inputs)}; if it needs one of "
             f"{absent}, the loader's batches must be dicts that have it"
         ) from error
+    except RuntimeError as error:
+        if "must match" not in str(error):
+            raise
+        raise ValueError(_about_size(model, inputs[signature.sample], error)) from error
+
+
+def _about_size(model: nn.Module, images: Tensor, error: Exception) -> str:
+    """What a model says to images of a size that it can't halve as often as it has to, or has no positions for."""
+    config = config_of(model)
+    levels = len(config.get("block_out_channels") or ()) - 1
+    size = "x".join(map(str, images.shape[2:]))
+    fits = f"multiples of {2**levels}" if levels > 0 else f"its own size, {config.get('sample_size')}"
+    return f"{type(model).__name__} can't take images of {size} ({error}): give {fits}"
 
 
 def make_objective(model: nn.Module, scheduler: Any = None, loss_fn: LossFunction | None = None) -> Objective:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..objective.batches import in_channels
+from ..objective.checks import in_channels
 from ..objective.conditioning import config_of
 from ..objective.isolation import unwrapped
 

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.denoisers import TIMESTEP_NAMES
-from ..objective.batches import as_loader, check_images
+from ..objective.batches import as_loader
 from ..objective.calls import first_call, recorded_call
+from ..objective.checks import check_images
 from ..objective.conditioning import LABEL_KEYS, is_autoencoder, signature_of, wants_labels
+from ..objective.forms import as_batch
 from ..objective.isolation import in_mode
 from ..objective.loss import make_objective
 from ..objective.nested import moved
 from .components import autoencoder_of, find_component, image_shape, modules_of
 from .latents import as_they_are, as_video, decodes, normalised, packed, raw_latents, upcast
 
-IMAGE_KEYS = ("images", "image", "pixel_values")
+IMAGE_KEYS = ("images", "image", "pixel_values", "input", "img")
 
 
 CAPTION_KEYS = ("prompt", "prompts", "caption", "captions", "text", "texts")
@@ -144,7 +146,7 @@ class Encoder:
         Raises ValueError for missing captions, images that the VAE can't take or of a size that the pipeline doesn't
         make, and for a pipeline that scales its latents in an unknown way.
         """
-        images, given = read(batch)
+        images, given = read(as_batch(batch))
         check_images(self.model if self.vae is None else self.vae, images)
         for what in ("prompt", "class_labels"):
             if len(given.get(what, images)) != len(images):

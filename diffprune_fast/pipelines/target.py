@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..architectures.attached import check_attached
 from ..evaluation.own_samples import OwnSamples
 from ..objective.isolation import unwrapped
 from .components import find_component, is_pipeline, place_of
@@ -74,8 +75,10 @@ def find_target(
             )
         if component is not None:
             raise ValueError(f"component={component!r} is for pipelines; {type(model).__name__} is none")
+        check_attached(unwrapped(model))
         return Target(unwrapped(model), loader, scheduler)
     name, module = find_component(model, component)
+    check_attached(module)
     if loader is not None and given.get("loss_fn") is None:
         loader = encoded(model, loader, name)
     return Target(module, loader, given.get("scheduler", getattr(model, "scheduler", None)), model, name)

@@ -6,6 +6,7 @@ from .blocks import Block
 from .constraints import violations
 from .keep_sets import Sliced, sliced_shapes
 from .lattice import Lattice, lattice
+from .masks import keep_from_masks
 from .plan import Attribute, Complexity, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix, unreached
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Plan",
     "ScaleFix",
     "Sliced",
+    "keep_from_masks",
     "lattice",
     "sliced_shapes",
     "unreached",

@@ -176,6 +176,16 @@ class Plan:
         """The keep-set that a mask over all units, ``(n_units,)`` bool, says."""
         return {g.name: np.flatnonzero(part) for g, part in zip(self.groups, np.split(stays, self.offsets[1:-1]))}
 
+    def masks(self, keep: Keep) -> dict[str, np.ndarray]:
+        """Of every tensor that loses channels: ``(its shape)`` bool, False where ``keep`` leaves nothing."""
+        found: dict[str, np.ndarray] = {}
+        for group in self.groups:
+            gone = np.setdiff1d(np.arange(group.n_units), keep.get(group.name, np.arange(group.n_units)))
+            for m in group.members if gone.size else ():
+                mask = found.setdefault(m.parameter, np.ones(self.shapes[m.parameter], bool))
+                np.moveaxis(mask, m.dim, 0)[m.index[gone].reshape(-1)] = False
+        return found
+
     @cached_property
     def position(self) -> dict[str, int]:
         """Group name to its place in ``groups``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ..choices import RecoveryLoss
-from ..objective.isolation import in_mode
+from ..objective.batches import as_loader
+from ..objective.checks import check_batch
+from ..objective.forms import as_batch
+from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.randomness import own_randomness
 from ..objective.ranks import rank_and_count
@@ -165,7 +168,7 @@ def finetune(
             optimizer=prepared,
             rate=rate,
             average=EMAModel(parameters, decay=ema),
-            position=Position(loader, seed),
+            position=Position(as_loader(loader), seed, _door(model, loss_fn)),
             accelerator=accelerator,
             settings=settings,
         )
@@ -175,6 +178,10 @@ def finetune(
         shown = progress and accelerator.is_main_process
         training.run(Progress("finetuning", steps, resumed, show=shown), path, checkpoint_every, about)
     return Finetuned(tuple(training.losses), time.perf_counter() - start, resumed)
+
+
+# Ways of accelerate to spread one model's weights over processes: their state isn't saved and resumed here yet.
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
 _OF_ACCELERATE = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -187,6 +194,7 @@ def _accelerating(given: Accelerator | None, device: torch.device) -> Iterator[A
     from accelerate.state import AcceleratorState, PartialState
 
     if given is not None:
+        _check_sharding(given)
         yield given
         return
     first = not AcceleratorState._shared_state
@@ -199,6 +207,7 @@ def _accelerating(given: Accelerator | None, device: torch.device) -> Iterator[A
             device_placement=False,
             kwargs_handlers=[unused],
         )
+        _check_sharding(made)
         ranks = rank_and_count()[1]
         if ranks != made.num_processes:
             raise ValueError(
@@ -209,6 +218,12 @@ def _accelerating(given: Accelerator | None, device: torch.device) -> Iterator[A
     finally:
         if first:
             AcceleratorState._reset_state(reset_partial_state=alone and rank_and_count()[1] == 1)
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    kind = accelerator.distributed_type.value
+    if kind in _SHARDED:
+        raise ValueError(f"finetune doesn't support {kind}: configure accelerate for several processes without it")
 
 
 @contextmanager
@@ -265,6 +280,17 @@ def _check_settings(
         raise ValueError(f"teacher_share is {teacher_share}: it must be above 0 and at most 1")
     if teacher_share < 1 and not has_teacher:
         raise ValueError(f"teacher_share is {teacher_share}, but there is no teacher: give teacher=, the dense model")
+
+
+def _door(model: nn.Module, loss_fn: LossFunction | None) -> Callable[[Any], Any]:
+    """What batches come through, the door that scoring has."""
+
+    def read(found: Any) -> Any:
+        batch = as_batch(found)
+        check_batch(unwrapped(model), batch, loss_fn)
+        return batch
+
+    return read
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..objective.randomness import Stream, own_states, set_own_states
@@ -12,11 +12,11 @@ class Position:
     """Batches of ``loader``, begun again at its end, and where in them one is.
 
     What the loader draws comes from numbers of its own: neither the model's dropout nor another process changes the
-    order of the images.
+    order of the images. read: what makes a batch of what the loader yields, or refuses it.
     """
 
-    def __init__(self, loader: Iterable[Any], seed: int) -> None:
-        self._loader, self._stream = loader, Stream(seed)
+    def __init__(self, loader: Iterable[Any], seed: int, read: Callable[[Any], Any] = lambda batch: batch) -> None:
+        self._loader, self._stream, self._read = loader, Stream(seed), read
         self._begin()
 
     def __next__(self) -> Any:
@@ -27,7 +27,7 @@ class Position:
             except StopIteration:
                 batch = self._again()
         self._given += 1
-        return batch
+        return self._read(batch)
 
     def state(self) -> dict[str, Any]:
         """The randomness that this pass began with, and how many batches it gave since; plain values and tensors."""

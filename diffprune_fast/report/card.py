@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint.manifest import CONFIG, MANIFEST, read_manifest
 
 CARD = "README.md"
+TAG = "diffprune-fast"
 INDEX = "model_index.json"
 
 
@@ -46,7 +47,7 @@ def write_card(
     folder = Path(directory)
     manifests = [read_manifest(path.parent) for path in sorted(_manifests(folder))]
     kind = _kind(folder, manifests)
-    data = ModelCardData(library_name="diffusers", tags=["diffprune-fast", "pruning", "diffusion"])
+    data = ModelCardData(library_name="diffusers", tags=[TAG, "pruning", "diffusion"])
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(kind, folder, manifests, command, figures or {})}")
     card.save(folder / CARD)
     return folder / CARD

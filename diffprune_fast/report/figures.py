@@ -179,3 +179,38 @@ def kept_channels(plan: Plan, keep: Mapping[str, np.ndarray]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return figure
+
+
+def tradeoff(
+    costs: Sequence[float], losses: Mapping[str, Sequence[float]], dense: float, *, cost: str = "MACs"
+) -> Figure:
+    """Losses against the share of the cost that stays, with the dense model's as a line.
+
+    Args:
+        costs: ``(n,)`` shares of the dense model's cost.
+        losses: label to ``(n,)`` losses; the last is drawn strongest.
+        dense: the dense model's loss.
+        cost: what the shares are of, for the axis.
+
+    Returns:
+        A matplotlib figure.
+
+    Example:
+        >>> figure = tradeoff([0.3, 0.5, 0.7], {"sliced": [0.2, 0.1, 0.05], "compensated": [0.06, 0.04, 0.03]}, 0.03)
+        >>> figure.axes[0].get_xlabel()
+        'share of the MACs'
+    """
+    order = np.argsort(costs)
+    figure = blank_figure(5.2, 3.2)
+    axes = figure.add_subplot()
+    plain_axes(axes)
+    axes.axhline(dense, color=MUTED, linewidth=1, linestyle="--", label="dense")
+    for i, (label, values) in enumerate(losses.items()):
+        last = i == len(losses) - 1
+        (line,) = axes.plot(np.array(costs)[order], np.array(values)[order], marker="o", markersize=3, label=label)
+        line.set(color=ACCENT if last else MUTED, linewidth=1.8 if last else 1.0)
+    axes.set_xlabel(f"share of the {cost}", color=INK, fontsize=9)
+    axes.set_ylabel("loss", color=INK, fontsize=9)
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8)
+    return figure

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objective.batches import Batches, check_batch
-from ..objective.checks import check_weights
+from ..objective.batches import Batches
+from ..objective.checks import check_batch, check_weights
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, Objective, make_objective
 from ..objective.nested import tensors_in

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 import numpy as np
 from torch import nn
@@ -16,12 +17,14 @@ from .tables import is_norm
 class Criterion:
     """element: what the kernel sums over a channel (``ops.CRITERIA``); None: no sum at all.
 
-    needs_data: gradients are needed. thresholded: only timesteps with ``L_t > T * L_max`` count.
+    needs_data: gradients are needed. thresholded: only timesteps with ``L_t > T * L_max`` count. values: in place of a
+    sum ``(model, plan) -> (plan.n_units,)``, for a criterion that looks at the weights only.
     """
 
     element: str | None
     needs_data: bool = True
     thresholded: bool = True
+    values: Callable[[nn.Module, Plan], np.ndarray] | None = None
 
 
 CRITERIA: Mapping[str, Criterion] = {
@@ -35,6 +38,26 @@ CRITERIA: Mapping[str, Criterion] = {
     "magnitude": Criterion("magnitude", needs_data=False),
     "random": Criterion(None, needs_data=False),
 }
+
+
+# Where other packages name criteria of theirs: a Criterion, or a function as its ``values``.
+ENTRY_POINTS = "diffprune_fast.criteria"
+
+
+def criterion_of(name: str) -> Criterion:
+    """The criterion of that name, of ours or of a package that is installed. Raises ValueError, TypeError."""
+    if name in CRITERIA:
+        return CRITERIA[name]
+    found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name not in found:
+        known = ", ".join(map(repr, [*CRITERIA, *sorted(found)]))
+        raise ValueError(f"criterion={name!r}: choose one of {known}")
+    made = found[name].load()
+    if isinstance(made, Criterion):
+        return made
+    if not callable(made):
+        raise TypeError(f"criterion {name!r} ({found[name].value}) is neither a Criterion nor a function: {made!r}")
+    return Criterion(None, needs_data=False, thresholded=False, values=made)
 
 
 @dataclass(frozen=True)

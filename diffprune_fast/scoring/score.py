@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..choices import Autocast, CriterionName, Estimator, VariantName, check_choice
-from ..objective.batches import Batches, check_batch
-from ..objective.checks import check_weights
+from ..choices import Autocast, CriterionName, Estimator, VariantName
+from ..objective.batches import Batches
+from ..objective.checks import check_batch, check_weights
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun
@@ -26,7 +26,7 @@ from ..objective.ranks import rank_and_count, summed_over_ranks, together
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
 from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps
-from .criteria import CRITERIA, Criterion, Variant
+from .criteria import Criterion, Variant, criterion_of
 from .estimators import MeanGradient, MicroScores, Work, until_agreed
 from .gauss_newton import SAMPLES, estimated_damage
 from .reference_loop import reference_scores
@@ -85,7 +85,8 @@ def score(
         estimator: "micro", sum over micro-batches of abs(theta * g), fresh images, noise and timesteps in each; "mean",
             abs(theta * sum g) of the same; "reference", the reference's loop over t = 0, 1, 2, … with the loader's
             first batch and one noise; "reference-quad", the same over quadratically spaced timesteps.
-        criterion: the formula from weight and gradient to a score, one of ``CRITERIA``.
+        criterion: the formula from weight and gradient to a score, one of ``CRITERIA``, or the name of another
+            package's (entry points ``diffprune_fast.criteria``).
         variant: for the estimators "reference…" one of ``VARIANTS``; None is their loop with the paper's formula.
         threshold: T; timesteps with ``L_t > T * L_max`` count. None is 0.05 ("ldm_exp": 0.1). "taylor" takes all.
         micro_batch: samples of one backward pass.
@@ -123,8 +124,7 @@ def score(
     Source: Fang et al., Structural Pruning for Diffusion Models (arXiv 2305.10924), eq. 7.
     """
     begin = time.perf_counter()
-    check_choice("criterion", criterion, CriterionName)
-    rule = CRITERIA[criterion]
+    rule = criterion_of(criterion)
     reading = check_choices(estimator, criterion, variant, autocast)
     least = min(MIN_SAMPLES, max_samples) if min_samples is None else min_samples
     check_numbers(threshold, micro_batch, least, max_samples, agreement_ratio)
@@ -250,6 +250,11 @@ def _curve(work: LossRun, threshold: float) -> LossCurve:
 def _without_data(
     model: nn.Module, plan: Plan, table: UnitTable, rule: Criterion, seed: int, backend: str
 ) -> np.ndarray:
+    if rule.values is not None:
+        values = np.asarray(rule.values(model, plan), np.float64)
+        if values.shape != (plan.n_units,):
+            raise ValueError(f"the criterion gave {values.shape} scores, the plan has {plan.n_units} units")
+        return values
     if rule.element is None:
         return np.random.default_rng(seed % 2**63).random(plan.n_units)
     parameters = dict(model.named_parameters())

@@ -36,8 +36,10 @@ from ..selection.ranking import check_scores
 from ..selection.search import nearest
 from ..slicing.execute import slicing_steps
 
-# Shares of a cluster's units that go.
+# Shares of a cluster's units that go. Five, from .2 to .9, were no better: 1.025 times the dense loss against 1.024 (a
+# DiT at half its MACs).
 SHARES = (1 / 3, 2 / 3, 0.85)
+# Solved from, and judged on, so many.
 SAMPLES = 64
 HELD_BACK = 64
 RIDGE = 1e-3
@@ -60,7 +62,7 @@ def measure_sensitivities(
     backend: str = "auto",
     progress: bool = True,
 ) -> Scores:
-    """Try what every cluster of groups costs: pruned alone, by a third and by two thirds, and compensated.
+    """Try what every cluster of groups costs: pruned alone, by a third, two thirds and 85 %, and compensated.
 
     Groups that constraints tie to one another are one cluster. The layers that read it are solved anew as
     :func:`~diffprune_fast.compensate` does, from 64 samples; the change of the model's output is that on 64 others, at

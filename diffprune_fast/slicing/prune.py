@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..architectures.inputs import calls_of
 from ..checkpoint.saving import replace_save_pretrained
 from ..choices import NormGroups
 from ..plan.keep_sets import Sliced, sliced_shapes
@@ -21,6 +22,7 @@ from ..result import PruneResult
 from .commit import Change
 from .execute import slicing_steps
 from .optimizers import check_optimizer
+from .proof import prove
 from .verify import check_keep, check_model, check_tensors, retrace
 
 
@@ -58,6 +60,7 @@ def prune(
     optimizer: torch.optim.Optimizer | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     backend: str = "auto",
+    proof: bool = True,
 ) -> PruneResult:
     """Remove every unit that ``keep`` doesn't list, with all the channels that belong to it.
 
@@ -76,6 +79,9 @@ def prune(
         optimizer: of the model's parameters; its per-element state is sliced too. State of another shape (factored
             moments, as Adafactor's) is refused.
         example_inputs: what :func:`trace` was given, if it was.
+        proof: run one real forward of the sliced model, and one of the dense model with the removed channels masked,
+            before anything changes: they must call the same operations and give the same output. ``result.proof`` says
+            what that has shown; False leaves it out. Inputs without values are noise.
         backend: ``"auto"``, or who moves the channels, see :func:`~diffprune_fast.ops.slice_channels_`.
 
     Returns:
@@ -100,14 +106,38 @@ def prune(
         >>> result.before.params, result.after.params
         (114, 23)
     """
+    how: dict[str, Any] = {
+        "norm_groups": norm_groups,
+        "example_inputs": example_inputs,
+        "backend": backend,
+        "proof": proof,
+    }
+    return checked(model, plan, keep, inplace=inplace, optimizer=optimizer, **how).made()
+
+
+def checked(
+    model: nn.Module,
+    plan: Plan,
+    keep: Mapping[str, np.ndarray],
+    *,
+    norm_groups: NormGroups,
+    inplace: bool,
+    optimizer: torch.optim.Optimizer | None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None,
+    backend: str,
+    proof: bool,
+) -> Change:
+    """All of :func:`prune` that can fail, before its first change."""
     check_optimizer(model, optimizer, inplace)
     started = time.perf_counter()
     sliced = dry_run(model, plan, keep, norm_groups=norm_groups, example_inputs=example_inputs)
     check_optimizer(model, optimizer, inplace, {name for name, _ in sliced.kept})
+    proven = prove(model, plan, sliced, calls_of(model, example_inputs)) if proof else None
     if not inplace:
         model = copy.deepcopy(model)
     seconds = {"verify": time.perf_counter() - started}
-    return prepared(model, plan, sliced, norm_groups, optimizer, backend, seconds=seconds).made()
+    change = prepared(model, plan, sliced, norm_groups, optimizer, backend, seconds=seconds)
+    return change.and_then((), proof=proven)
 
 
 def prepared(
@@ -121,7 +151,7 @@ def prepared(
     solved: Mapping[str, Tensor] | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> Change:
-    """Everything that :func:`prune` does between its checks and the first change.
+    """Everything that a pruning does between its checks and the first change.
 
     sliced: what :func:`dry_run` gave. solved: as in :func:`slicing_steps`. seconds: of stages before.
     """

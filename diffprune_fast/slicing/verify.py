@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..architectures.attached import check_attached
 from ..architectures.inputs import calls_of
 from ..choices import NormGroups, check_choice
 from ..ops.slice_channels import check_kind
@@ -26,6 +27,10 @@ class SliceError(ValueError):
 
 def check_model(model: nn.Module, plan: Plan) -> None:
     """The model has the parameters that the plan speaks of, whole."""
+    try:
+        check_attached(model)
+    except ValueError as error:
+        raise SliceError(str(error)) from None
     channels = Channels.of(model)
     if type(model).__name__ != plan.model_class or channels.shapes != dict(plan.shapes):
         differing = sorted(set(channels.shapes.items()) ^ set(plan.shapes.items()))

@@ -213,9 +213,11 @@ def _extents(
     for name, module in model.named_modules():
         for attribute, (parameter, dim) in PARAMETER_ATTRIBUTES.get(type(module).__name__, {}).items():
             start = walk.channels.start.get((f"{name}.{parameter}".lstrip("."), dim))
-            if start is None or (name, attribute) in known or not isinstance(getattr(module, attribute, None), int):
+            if start is None or (name, attribute) in known:
                 continue
             size = walk.channels.shapes[f"{name}.{parameter}".lstrip(".")][dim]
+            if getattr(module, attribute, None) != size:
+                continue
             attributes.append(Attribute(name, attribute, number(np.arange(start, start + size, dtype=np.int32))))
     base = np.zeros(len(sets), np.int64)
     per_group = np.zeros((len(sets), len(groups)), np.float64)

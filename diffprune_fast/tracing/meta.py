@@ -101,8 +101,7 @@ def on_meta(
     """
     stand_ins: dict[int, Tensor] = {}
     undo: list[tuple[dict[str, Any], str, Any]] = []
-    attributes = [(vars(m), vars(m).copy(), _contents(vars(m))) for m in [*model.modules(), *_plain_objects(model)]]
-    try:
+    with attributes_put_back(model):
         for module in model.modules():
             module.training = False
             for table in (module._parameters, module._buffers):
@@ -114,11 +113,21 @@ def on_meta(
                         stand_ins[id(t)] = _stand_in(t, name, channels, kept)
                     undo.append((table, key, t))
                     table[key] = stand_ins[id(t)]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for table, key, t in undo:
+                table[key] = t
+
+
+@contextmanager
+def attributes_put_back(model: nn.Module) -> Iterator[None]:
+    """What forwards set in attributes of the model is taken away: they cache tables there, of meta after a walk."""
+    attributes = [(vars(m), vars(m).copy(), _contents(vars(m))) for m in [*model.modules(), *_plain_objects(model)]]
+    try:
         yield
     finally:
-        for table, key, t in undo:
-            table[key] = t
-        for now, before, contents in attributes:  # forwards cache tables in attributes: theirs are of meta now
+        for now, before, contents in attributes:
             _restore(now, before, contents)
 
 

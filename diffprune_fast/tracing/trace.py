@@ -13,6 +13,7 @@ from .grouping import build_plan
 from .heads import heads_to_take_whole, reach
 from .interface import note_methods
 from .probe import probe_plan
+from .refusals import refuse_model, refuse_shared_memory
 from .tracer import walk_forward
 
 
@@ -48,11 +49,13 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, unit
         (114, 23)
     """
     check_choice("units", units, Units)
+    refuse_model(model)
     calls = calls_of(model, example_inputs)
     channels = Channels.of(model)
     walk = walk_forward(model, channels, Graph(channels.total), calls)
     note_methods(model, walk, calls)
     plan = build_plan(model, walk)
+    refuse_shared_memory(model, plan)
     heads = heads_to_take_whole(walk.attended, units_of_channels(plan, channels), units)
     if heads is None:
         return probe_plan(model, walk, plan, calls)

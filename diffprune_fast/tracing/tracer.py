@@ -103,14 +103,15 @@ class Tracer(TorchDispatchMode):
             for label_map in walk.maps(inputs[0]) if inputs else ():
                 if varying(label_map) == (1,):
                     for attribute in INPUT_ATTRIBUTES[kind]:
-                        walk.attributes[name, attribute] = label_map.reshape(-1)
+                        if getattr(module, attribute, None) == label_map.size:
+                            walk.attributes[name, attribute] = label_map.reshape(-1)
         table = table_of(module)
         if table is not None:
             self._fit(module, table, inputs)
-        if kind in FROZEN_CLASSES:
+        for reason in [reason for known, reason in FROZEN_CLASSES.items() if isinstance(module, known)]:
             for p in module.parameters():
                 for label_map in walk.channels.maps(walk.name_of(p) or ""):
-                    walk.graph.freeze(label_map, FROZEN_CLASSES[kind])
+                    walk.graph.freeze(label_map, reason)
 
     def _fit(self, module: nn.Module, rule: Table, inputs: Any) -> None:
         """A table of positions for inputs of another size, with the labels of the one that there is."""

@@ -87,7 +87,7 @@ class Comparison(Graph):
 
 
 @contextmanager
-def _attributes_set(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator[None]:
+def attributes_set(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator[None]:
     """The new attribute values for the time of a walk."""
     modules = dict(model.named_modules())  # get_submodule walks the path anew for each of a thousand attributes
     owners = [(modules[path.rpartition(".")[0]], path.rpartition(".")[2]) for path in attributes]
@@ -116,12 +116,12 @@ def verify_sliced(
     Raises:
         VerificationError: it would not run, or channels, norm groups, heads or numbers would not be what they were.
     """
-    channels, given = Channels.of(model), steps is not None
+    channels = Channels.of(model)
     steps = steps if steps is not None else _unsliced(model, plan, channels, norm_groups, calls)
     comparison = Comparison(channels, plan, sliced, norm_groups)
     tracer = Tracer(model, channels, comparison)
     walk = tracer.walk
-    with _attributes_set(model, sliced.attributes):
+    with attributes_set(model, sliced.attributes):
         try:
             tracer.run(model, calls, sliced.kept)
         except VerificationError:
@@ -135,7 +135,7 @@ def verify_sliced(
             ) from error
     comparison.check_edges()
     found = first_difference(steps, walk.steps)
-    if found is not None and given:  # what a forward keeps outside of the model is there since the first walk
+    if found is not None:  # what a forward keeps outside of the model is there since the first walk
         found = first_difference(_unsliced(model, plan, channels, norm_groups, calls), walk.steps)
     if found is not None:
         step, what = found

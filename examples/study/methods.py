@@ -18,6 +18,8 @@ from torch import nn
 from diffprune_fast import PruneResult, Scores, compensate, prune, score, select, trace
 from diffprune_fast.recovery import finetune
 from diffprune_fast.rotation import rotate_heads
+from diffprune_fast.scoring.scores import Sensitivities
+from diffprune_fast.sensitivity import measure_sensitivities
 from diffprune_fast.slicing import dry_run
 
 # "micro" is Diff-Pruning as this library estimates it, "reference" as the method's published loop does.
@@ -28,7 +30,7 @@ CRITERIA: Mapping[str, Mapping[str, str]] = {
     "micro": {"criterion": "diff-pruning"},
     "reference": {"criterion": "diff-pruning", "estimator": "reference"},
 }
-ALLOCATIONS = ("mean", "uniform", "gauss-newton")
+ALLOCATIONS = ("mean", "uniform", "gauss-newton", "measured")
 VARIANTS = ("plain", "heads rotated", "own samples")
 WITHOUT_DATA = ("random", "magnitude")
 
@@ -45,6 +47,7 @@ class Pruner:
         self._example = bench.subject.example(self.dense)
         self.plan = trace(self.dense, self._example)
         self._scores: dict[tuple[str, int], Scores] = {}
+        self._sensitivities: dict[int, Sensitivities | None] = {}
 
     def scores(self, criterion: str, seed: int) -> Scores:
         """A criterion's scores, with the damage that a Gauss-Newton allocation goes by."""
@@ -69,7 +72,17 @@ class Pruner:
     def keep(self, criterion: str, allocation: str, budget: float, seed: int) -> Mapping[str, np.ndarray]:
         """The units that stay at ``budget`` of the MACs."""
         scores = self.scores(criterion, seed)
+        if allocation == "measured":
+            scores = self._tried(scores, seed)
         return select(self.plan, scores, macs=budget, **_allocated(allocation)).keep
+
+    def _tried(self, scores: Scores, seed: int) -> Scores:
+        """The same with what each cluster costs when it is pruned alone."""
+        if seed not in self._sensitivities:
+            how = {"scheduler": self.bench.scheduler, "seed": seed, "progress": False}
+            found = measure_sensitivities(self.dense, self._loader(seed), self.plan, scores, **how)
+            self._sensitivities[seed] = found.sensitivities
+        return dataclasses.replace(scores, sensitivities=self._sensitivities[seed])
 
     def sliced(self, keep: Mapping[str, np.ndarray]) -> PruneResult:
         return prune(self.dense, self.plan, keep, inplace=False, example_inputs=self._example)

@@ -10,8 +10,9 @@ criterion, allocation, budget (share of the MACs that stays), seed and stage the
 
 Stages: "sliced", channels removed and nothing else; "compensated", then solved for; "distilled", then trained towards
 the dense model; "finetuned", the sliced model trained on images alone, as was usual. The dense model trained on is the
-control. "damage" compares scores with what single clusters of channels cost when a third of them goes. Variants of
-"micro" with "gauss-newton": the heads' bases turned first, and the dense model's own samples in place of the data.
+control. "damage" compares scores with what single clusters of channels cost when a third of them goes. For "micro"
+alone: the allocation "measured", and variants of it and of "gauss-newton": the heads' bases turned first, and the dense
+model's own samples in place of the data.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from diffprune_fast.selection import BudgetError
 STAGES = ("sliced", "compensated", "distilled", "finetuned")
 TRAINED = ("distilled", "finetuned")
 MEASURES = ("loss", "likeness")
+OURS = ("gauss-newton", "measured")  # allocations by damage
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ def cases(args: argparse.Namespace, model: str) -> Iterator[Case]:
     """The first seed of everything first. Variants of our own way alone; the reference once, as it takes minutes."""
     chosen = itertools.product(args.seeds, args.budgets, args.allocations, args.criteria, args.variants)
     for seed, budget, allocation, criterion, variant in chosen:
-        ours = criterion == "micro" and allocation == "gauss-newton"
-        if (variant != "plain" and not ours) or (criterion == "reference" and seed != args.seeds[0]):
+        ours = criterion == "micro" and allocation in OURS
+        aside = variant != "plain" or allocation == "measured"
+        if (aside and not ours) or (criterion == "reference" and seed != args.seeds[0]):
             continue
         yield Case(model, criterion, allocation, budget, seed, variant)
 

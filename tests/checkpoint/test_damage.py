@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from diffprune_fast import CheckpointError, from_pretrained, score_and_prune
 from diffprune_fast.checkpoint.building import check_positions
-from diffprune_fast.checkpoint.manifest import CONFIG, MANIFEST, WEIGHTS, _sha256, signed
+from diffprune_fast.checkpoint.manifest import CONFIG, MANIFEST, PRUNED_WEIGHTS, _sha256, signed
 
 Damage = Callable[[Path], object]
 
@@ -92,11 +92,19 @@ def fifo(name: str) -> Damage:
     return damage
 
 
+def folder_for(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
 def nan(folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS)
+    weights = load_file(folder / PRUNED_WEIGHTS)
     next(iter(weights.values())).view(-1)[0] = torch.nan
-    save_file(weights, folder / WEIGHTS)
-    manifest(lambda m: m["sha256"].update({WEIGHTS: _sha256(folder / WEIGHTS)}))(folder)
+    save_file(weights, folder / PRUNED_WEIGHTS)
+    manifest(lambda m: m["sha256"].update({PRUNED_WEIGHTS: _sha256(folder / PRUNED_WEIGHTS)}))(folder)
 
 
 DEEP = '{"a":' * 100_000
@@ -113,13 +121,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a deep config": (text(CONFIG, DEEP), "nested too deep"),
     "a manifest that never ends": (fifo(MANIFEST), "no ordinary file"),
     "a config that never ends": (fifo(CONFIG), "no ordinary file"),
-    "weights that never end": (fifo(WEIGHTS), "no ordinary file"),
-    "a folder for weights": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "no ordinary file"),
+    "weights that never end": (fifo(PRUNED_WEIGHTS), "no ordinary file"),
+    "a folder for weights": (folder_for(PRUNED_WEIGHTS), "no ordinary file"),
     "more layers than time": (config(layers_per_block=10**7), "more than .* modules"),
     "a size without end": (config(sample_size=10**30), "no model is as large"),
     "a format of another type": (manifest(lambda m: m.update(format=True)), "format True"),
     "a list for a name": (manifest(lambda m: m["tied"].update({"conv_in.weight": ["a"]})), "can't be loaded"),
-    "a dropped block that is none": (manifest(lambda m: m.update(dropped={"conv_in": 3})), "is missing"),
+    "a dropped block that is none": (manifest(lambda m: m.update(dropped={"conv_in": 3})), "names no argument"),
     "a table of nothing": (manifest(lambda m: m["tables"].update({"conv_in": []})), "table of conv_in"),
     "a table with no columns": (manifest(lambda m: m["tables"].update({"conv_in": [4, []]})), "table of conv_in"),
     "a width that overflows": (manifest(lambda m: m["tables"].update({"conv_in": [2**70, [0, 2**70]]})), "table|load"),

@@ -81,7 +81,9 @@ class Case:
     def make(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
         """The model with gradients of a loss, and its inputs: the same at every call."""
         torch.manual_seed(0)
-        model, inputs = self.build().eval().to(dtype), self.inputs()
+        model, inputs = self.build().eval(), self.inputs()
+        if dtype != torch.float32:
+            model = model.to(dtype)
         torch.manual_seed(1)
         for p in model.parameters():
             p.grad = torch.randn_like(p)

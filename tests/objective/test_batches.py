@@ -11,9 +11,8 @@ import torch
 from scoring_models import images, tiny
 from torch import Tensor
 
-from diffprune_fast.objective.batches import Batches, check_images, count, in_channels, repeated, replayed
-
-torch.set_num_threads(1)
+from diffprune_fast.objective.batches import Batches, count, repeated, replayed
+from diffprune_fast.objective.checks import check_images, in_channels
 
 
 def accept(_: Any) -> None:

@@ -27,8 +27,6 @@ from diffprune_fast.objective import make_objective
 from diffprune_fast.objective.conditioning import read_batch
 from diffprune_fast.objective.loss import KL_WEIGHT
 
-torch.set_num_threads(1)
-
 
 class Answers(nn.Module):
     """Remembers what it was asked and answers ``answer`` times the image."""

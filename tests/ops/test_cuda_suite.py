@@ -115,7 +115,8 @@ def test_instructions_are_counted_in_the_loop_that_moves_a_unit(monkeypatch: pyt
 def test_the_report_says_which_aims_were_met(tmp_path: Path) -> None:
     labels = {"operation": "channel_scores", "model": "sd15", "dtype": "float32"}
     rows = [
-        {**labels, "provider": "ours", "ms": 2.0, "of_copy": 0.9},
+        {**labels, "provider": "ours", "ms": 2.0, "of_copy": 0.5},
+        {**labels, "provider": "ours, CUDA graph", "ms": 1.0, "of_copy": 0.9},
         {**labels, "provider": "reference", "ms": 10.0},
         {"operation": "slice_channels", "model": "sd15", "dtype": "float32", "provider": "ours", "problem": "E: no"},
     ]
@@ -124,7 +125,7 @@ def test_the_report_says_which_aims_were_met(tmp_path: Path) -> None:
     (steps / "01.json").write_text(json.dumps({"step": "kernels", "about": {"device": "a card"}, "rows": rows}))
     subprocess.run([sys.executable, str(SUITE / "report.py"), str(steps), str(tmp_path)], check=True)
     text = (tmp_path / "results.md").read_text()
-    assert "| channel_scores on sd15: of copy bandwidth | >= 0.85 | 0.9 | met |" in text
+    assert "| channel_scores on sd15, kernels: of copy bandwidth | >= 0.85 | 0.9 | met |" in text
     assert "| channel_scores on sd15: times plain PyTorch | >= 10 | 5 | not met |" in text
     assert "| slice_channels on sd15: times Torch-Pruning | >= 50 | not measured |  |" in text
     assert "E: no" in text
@@ -140,3 +141,57 @@ def test_a_rehearsal_claims_nothing(tmp_path: Path) -> None:
     text = (out / "results.md").read_text()
     assert "No figure means anything" in text
     assert "met |" not in text
+
+
+def test_a_step_that_was_killed_while_it_wrote_is_a_row_of_the_report(tmp_path: Path) -> None:
+    steps = tmp_path / "steps"
+    steps.mkdir()
+    (steps / "01-kernels.json").write_text('{"step": "kernels", "rows": [{"ope')
+    (steps / "02-more.json").write_text(json.dumps({"step": "more", "rows": [{"operation": "it ran"}]}))
+    subprocess.run([sys.executable, str(SUITE / "report.py"), str(steps), str(tmp_path)], check=True)
+    text = (tmp_path / "results.md").read_text()
+    assert "the file is cut short" in text
+    assert "it ran" in text
+
+
+def test_the_report_is_there_before_the_last_step_ends(tmp_path: Path) -> None:
+    if os.name == "nt":
+        pytest.skip("a shell script")
+    # its steps fail one after the other: an interpreter without PyTorch, which can still make the report
+    environment = dict(os.environ)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    environment["PYTHON"] = str(python)
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        ["bash", str(SUITE / "run.sh"), str(tmp_path / "out"), "--dry-run", "kernels", "profile"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "failed: kernels: failed (1)" in done.stdout
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert text.index("kernels: outcome") < text.index("profile: outcome")
+
+
+def test_the_parameter_shapes_are_those_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(str(SUITE.parent))
+    configs = importlib.import_module("unet_configs")
+    known = json.loads((SUITE / "parameter_shapes.json").read_text())
+    assert sorted(known) == ["cifar", "lsun", "sd15", "sdxl"]
+    assert [tuple(shape) for shape in known["cifar"]] == configs.parameter_shapes("cifar")
+
+
+def test_rows_of_ncu_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    csv = """==PROF== Connected
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","slice_channels_kernel(const GatherEntry *)","gpu__time_duration.sum","ns","1,250,000"
+"0","slice_channels_kernel(const GatherEntry *)","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","81.5"
+"1","add_to_units","gpu__time_duration.sum","us","7"
+"""
+    rows = load("profiled", monkeypatch).rows(csv)
+    assert [row["provider"] for row in rows] == ["slice_channels_kernel", "add_to_units"]
+    assert [row["microseconds"] for row in rows] == [1250, 7]
+    assert rows[0]["dram"] == 81.5
+    assert load("profiled", monkeypatch).rows("==ERROR== no permission") == []

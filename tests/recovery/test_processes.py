@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
@@ -181,6 +182,13 @@ def test_a_training_leaves_no_choices_behind_for_the_next():
     run(Denoiser(), steps=1)
     assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_sharded_training_is_refused(accelerator, monkeypatch):
+    mine = accelerator()
+    monkeypatch.setattr(mine.state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="doesn't support FSDP"):
+        run(Denoiser(), accelerator=mine)
 
 
 def test_without_a_terminal_there_are_ten_lines(capsys):

@@ -43,6 +43,12 @@ def test_a_saved_model_has_a_card_that_the_hub_can_read(result, tmp_path):
     assert "- loss: 0.03 ± 0.001" in text
 
 
+def test_somebody_elses_readme_is_left_alone(result, tmp_path):
+    (tmp_path / "README.md").write_text("my own words")
+    result.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own words"
+
+
 def test_a_folder_without_a_model_gets_no_card(tmp_path):
     with pytest.raises(ValueError, match="holds no model"):
         write_card(tmp_path)

@@ -18,8 +18,6 @@ from diffprune_fast.scoring import Scores, score
 from diffprune_fast.scoring.estimators import MicroScores, Work
 from diffprune_fast.scoring.timesteps import quad_cells
 
-torch.set_num_threads(1)
-
 SEED = 5
 
 

@@ -23,8 +23,6 @@ from diffprune_fast.scoring.gauss_newton import PROBES, Damage, consumer_members
 from diffprune_fast.scoring.tables import unit_table
 from diffprune_fast.tracing import trace
 
-torch.set_num_threads(1)
-
 SEED = 3
 ALLOWED = [0, 3, 50, 51, 52, 400]
 CONSUMERS = {"conv1.weight:1", "conv_out.weight:1", "conv2.weight:1"}

@@ -17,8 +17,6 @@ from diffprune_fast.objective.randomness import NOISE, generator_for
 from diffprune_fast.scoring import score
 from diffprune_fast.tracing import trace
 
-torch.set_num_threads(1)
-
 
 def batch_for(model: nn.Module, n: int = 2, size: int = 16) -> Any:
     generator = torch.Generator().manual_seed(0)

@@ -22,8 +22,6 @@ from diffprune_fast.scoring import score
 from diffprune_fast.scoring.estimators import MicroScores, Work
 from diffprune_fast.scoring.tables import unit_table
 
-torch.set_num_threads(1)
-
 QUICK: dict[str, Any] = {"micro_batch": 4, "min_samples": 8, "max_samples": 8, "progress": False}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
@@ -157,3 +159,21 @@ def test_the_method_refuses_a_loss_of_ones_own_without_images() -> None:
             example_inputs=(torch.zeros(1, 4),),
             progress=False,
         )
+
+
+def rank_main(rank: int, ranks: int, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+    try:
+        found = measured(*halves())
+        torch.save(torch.from_numpy(found.damage), f"{path}-{rank}")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_the_samples_and_end_with_one_process_numbers(tmp_path: Path) -> None:
+    mp.start_processes(rank_main, (2, str(tmp_path / "store")), nprocs=2, start_method="spawn")
+    alone = measured(*halves()).damage
+    for rank in range(2):
+        found = torch.load(tmp_path / f"store-{rank}", weights_only=True).numpy()
+        np.testing.assert_allclose(found, alone, rtol=1e-3, atol=1e-6 * np.nanmax(alone))

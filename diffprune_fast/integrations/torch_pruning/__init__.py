@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .acceleration import Acceleration, accelerate
+from .history import kept_from_history
 from .importance import FusedImportance
 from .plan_pruner import PlanGroup, PlanPruner, plan_to_groups
 from .plans import plan_from_dependency_graph
@@ -13,6 +14,7 @@ __all__ = [
     "PlanGroup",
     "PlanPruner",
     "accelerate",
+    "kept_from_history",
     "plan_from_dependency_graph",
     "plan_to_groups",
 ]

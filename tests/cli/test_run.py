@@ -215,6 +215,15 @@ def test_out_is_not_overwritten_without_force(inputs, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "grid.png", "run.json"]
 
 
+def test_force_removes_nothing_that_is_not_a_result(inputs, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    common = ("sample", inputs / "model", "--n", 2, "--steps", 1, "--out", tmp_path / "mine", "--force")
+    assert "holds other things, which --force would remove" in error(*common)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers' schedulers
 def test_the_same_seed_gives_two_models_the_same_noise_and_spacings_differ(inputs, unbroken, tmp_path):
     def pixels(name, model, *options):
         run("sample", model, "--n", 2, "--steps", 4, "--out", tmp_path / name, *options)

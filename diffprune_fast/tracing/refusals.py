@@ -1,0 +1,47 @@
+"""Models that can't be followed or sliced, whatever their forward does: refused by name before anything else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..plan.plan import Plan
+from .errors import TraceError
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Raises TraceError for scripted modules and for parameters made of other tensors (DTensor, quantised)."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{name or 'the model'} is compiled by torch.jit.script or .trace, whose code can't be followed: give "
+                "the module that it was made from"
+            )
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if is_traceable_wrapper_subclass(t):
+            raise TraceError(
+                f"{name} is a {type(t.data).__name__}, a tensor made of others (sharded by FSDP2 or tensor "
+                "parallelism, or quantised), which can't be sliced: prune the model before it is wrapped"
+            )
+
+
+def refuse_shared_memory(model: nn.Module, plan: Plan) -> None:
+    """Raises TraceError where a tensor that would be sliced shares its memory with another one."""
+    sliced = {m.parameter for g in plan.groups for m in g.members}
+    names: dict[int, str] = {}
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        at = _memory(t)
+        if at is None:
+            continue
+        other = names.setdefault(at, name)
+        if other != name and sliced & {name, other}:
+            raise TraceError(
+                f"{other} and {name} are two tensors in the same memory (tied through .data, or windows of one flat "
+                "tensor): slicing one would destroy the other. Tie them by assigning the parameter itself, or give "
+                "each memory of its own: p.data = p.data.clone()"
+            )
+
+
+def _memory(t: Tensor) -> int | None:
+    return None if t.is_meta or not t.numel() else t.untyped_storage().data_ptr() or None
