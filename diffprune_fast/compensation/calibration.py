@@ -18,7 +18,7 @@ from ..objective.loss import LossFunction, dtype_of, images_of, make_objective
 from ..objective.loss_run import precision, sum_dtype
 from ..objective.nested import map_tensors, moved, tensors_in
 from ..objective.randomness import early_timesteps, generator_for, own_randomness, stratified
-from ..objective.ranks import rank_and_count
+from ..objective.ranks import rank_and_count, reduced
 
 # Places in the seed's tree, beside those of scoring.
 SAMPLES, POSITIONS = 40, 41
@@ -217,5 +217,5 @@ def _mean_over_ranks(value: float, weight: int, device: torch.device) -> float:
     if rank_and_count()[1] == 1:
         return value
     both = torch.tensor([value * weight, weight], dtype=sum_dtype(device), device=device)
-    torch.distributed.all_reduce(both)
+    reduced(both)
     return float(both[0] / both[1])

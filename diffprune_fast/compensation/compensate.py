@@ -15,6 +15,7 @@ from ..choices import CompensationMode, check_choice
 from ..objective.checks import check_weights
 from ..objective.isolation import unwrapped
 from ..objective.loss import LossFunction
+from ..objective.ranks import together
 from ..scoring.checks import AUTOCAST
 from .calibration import Calibration, asleep, called, drawn
 from .consumers import Consumer, Kept, consumers, norms
@@ -62,6 +63,7 @@ class Compensation:
         return "\n".join([line, *[f"left alone: {name}, {reason}" for name, reason in self.alone.items()]])
 
 
+@together
 def compensate(
     pruned: nn.Module,
     dense: nn.Module,

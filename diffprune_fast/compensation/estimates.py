@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..choices import CompensationMode
 from ..objective.loss_run import sum_dtype
-from ..objective.ranks import rank_and_count
+from ..objective.ranks import rank_and_count, reduced
 from ..plan.plan import Keep, Plan
 from .calibration import Calibration
 from .consumers import Consumer
@@ -201,7 +201,7 @@ def agreed(means: Means, forward: float, device: torch.device) -> tuple[Means, f
     if rank_and_count()[1] == 1:
         return means, forward
     least = torch.tensor([means.rate, means.room, means.host, forward], dtype=sum_dtype(device), device=device)
-    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    reduced(least, "MIN")
     rate, room, host, forward = least.tolist()
     return Means(rate, room, host), forward
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..objective.ranks import rank_and_count
+from ..objective.ranks import rank_and_count, reduced
 from .calibration import Calibration
 from .consumers import Consumer
 from .estimates import Form
@@ -199,9 +199,7 @@ def _agreed(reason: str | None, device: torch.device) -> str | None:
 
 def summed(values: Tensor) -> Tensor:
     """``values``, added up over all ranks in place."""
-    if rank_and_count()[1] > 1:
-        torch.distributed.all_reduce(values)
-    return values
+    return reduced(values)
 
 
 def _precision(weight: Tensor) -> torch.dtype:

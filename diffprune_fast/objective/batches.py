@@ -14,6 +14,7 @@ from .conditioning import SHARED
 from .forms import as_batch
 from .loss import images_of
 from .nested import tensors_in
+from .ranks import compare_batch
 
 # Samples of a batch that is taken of one big tensor.
 ROWS = 64
@@ -39,6 +40,7 @@ class Batches:
         self._iterator: Iterator[Any] = iter(self._loader)
         self._left: Any = None
         self.first = self._draw(empty=EMPTY)
+        compare_batch(self.first)
         self._pending: list[Any] = [self.first]
 
     def take(self, size: int) -> Any:

@@ -81,8 +81,29 @@ def slice_steps(
         if hasattr(module, "slice_steps"):
             steps += module.slice_steps(*some)
         else:
-            steps += [partial(module.slice_channels_, *some), *(partial(_leave_old_graph, t) for t in some[0])]
+            steps += [partial(_to_the_end, module.slice_channels_, *some)]
+            steps += [partial(_leave_old_graph, t) for t in some[0]]
     return steps
+
+
+def _to_the_end(run: Callable[..., None], tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
+    """For a backend that takes its memory as it goes: where that runs out half-way, the others follow one by one, over
+    the CPU if need be. Raises what the backend raises before the first tensor has changed."""
+    places = [t.data_ptr() for t in tensors]
+    try:
+        return run(tensors, slices)
+    except Exception:
+        left = [i for i, t in enumerate(tensors) if t.data_ptr() == places[i]]
+        if len(left) == len(tensors):
+            raise
+    for i in left:
+        t, piece = tensors[i], slices[i]
+        try:
+            run([t], [piece])
+        except Exception:
+            sliced = dispatch.choose_module("slice_channels", t.device, "reference").slice_channels(t.cpu(), piece)
+            t.data = torch.empty(0, dtype=t.dtype, device=t.device)  # its memory is what the slice needs
+            t.data = sliced.to(t.device)
 
 
 def set_data(tensor: Tensor, data: Tensor) -> list[Step]:

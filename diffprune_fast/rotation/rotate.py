@@ -17,7 +17,7 @@ from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, Objective, make_objective
 from ..objective.nested import tensors_in
 from ..objective.randomness import own_randomness
-from ..objective.ranks import rank_and_count
+from ..objective.ranks import of_first_rank, rank_and_count, reduced, together
 from ..plan.plan import Plan
 from .bases import turning
 from .calibration import draw
@@ -74,6 +74,7 @@ class Rotation:
         return "\n".join([*lines, *(f"  {name} as it was: {why}" for name, why in self.standing.items())])
 
 
+@together
 def rotate_heads(
     model: nn.Module,
     plan: Plan,
@@ -165,7 +166,7 @@ class _Run:
                 worst = worst if new.isfinite().all() else float("inf")
         if rank_and_count()[1] > 1:
             found = torch.tensor(worst, device=next(self.model.parameters()).device)
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+            reduced(found, "MAX")
             worst = float(found)
         return worst
 
@@ -190,7 +191,7 @@ def _calibrated(
         a, inverse = turning(left, right, *grams)
         if ranks > 1:  # machines of several kinds may round differently
             both = torch.stack([a, inverse]).to(device)
-            torch.distributed.broadcast(both, 0)
+            of_first_rank(both)
             a, inverse = both.cpu()
         turnings.append((pair, a, inverse))
     return turnings

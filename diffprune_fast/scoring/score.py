@@ -22,7 +22,7 @@ from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun
 from ..objective.nested import moved
 from ..objective.randomness import generator_for, own_randomness
-from ..objective.ranks import rank_and_count, summed_over_ranks
+from ..objective.ranks import rank_and_count, summed_over_ranks, together
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
 from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps
@@ -46,6 +46,7 @@ CURVE_SAMPLES = 32
 CURVE = 3
 
 
+@together
 def score(
     model: nn.Module,
     loader: Iterable[Any] | None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import diffprune_fast as dpf
 from diffprune_fast import ops
-from diffprune_fast.ops import cpu
+from diffprune_fast.ops import cpu, dispatch
 from diffprune_fast.ops.slice_channels import slice_steps
 from diffprune_fast.slicing import SliceError
 
@@ -115,6 +118,32 @@ def test_a_table_that_changes_after_its_check_changes_nothing(backend: str) -> N
     for step in steps:
         step()
     assert tensor.tolist() == [[0, 1, 2], [6, 7, 8]]
+
+
+@pytest.mark.parametrize(("first", "changes"), [(0, False), (2, True)])
+def test_a_backend_that_runs_out_of_memory_half_way_is_helped_to_the_end(
+    monkeypatch: pytest.MonkeyPatch, first: int, changes: bool
+) -> None:
+    """Such as the CUDA one: nothing has changed, or everything; one of the tensors it can never slice."""
+    calls: list[int] = []
+
+    def slice_channels_(tensors: list[Tensor], slices: list[ops.Slice]) -> None:
+        calls.append(len(tensors))
+        for i, (tensor, piece) in enumerate(zip(tensors, slices)):
+            if (len(calls) == 1 and i == first) or len(tensor) == 7:
+                raise torch.OutOfMemoryError("no memory")
+            ops.reference.slice_channels_([tensor], [piece])
+
+    scarce = types.ModuleType("diffprune_fast.ops.scarce")
+    scarce.slice_channels_ = slice_channels_  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, scarce.__name__, scarce)
+    monkeypatch.setitem(dispatch.BACKENDS["slice_channels"], "scarce", dispatch.Backend("ops.scarce", ("cpu",)))
+    tensors = [nn.Parameter(torch.arange(3.0 * n).view(n, 3)) for n in (4, 5, 6, 7)]
+    pieces = [ops.Slice({1: torch.tensor([0, 2])}, torch.full((len(t),), 2.0)) for t in tensors]
+    wanted = [2 * t.detach()[:, [0, 2]] if changes else t.detach().clone() for t in tensors]
+    with contextlib.nullcontext() if changes else pytest.raises(torch.OutOfMemoryError):
+        ops.slice_channels_(tensors, pieces, backend="scarce")
+    assert all(torch.equal(t, w) for t, w in zip(tensors, wanted))
 
 
 @needs_extension
