@@ -31,6 +31,8 @@ PARAMETER_ATTRIBUTES: dict[str, dict[str, tuple[str, int]]] = {
     "Upsample2D": {"channels": ("conv.weight", 1), "out_channels": ("conv.weight", 0)},
     "Downsample2D": {"channels": ("conv.weight", 1), "out_channels": ("conv.weight", 0)},
     "CogView3PlusPatchEmbed": {"hidden_size": ("proj.weight", 0)},
+    "Conv1D": {"nx": ("weight", 0), "nf": ("weight", 1)},  # transformers' linear layer of GPT-2, transposed
+    "GPT2Attention": {"split_size": ("c_proj.weight", 0), "embed_dim": ("c_proj.weight", 0)},
     "SelfAttention1d": {"channels": ("value.weight", 0)},
 }
 

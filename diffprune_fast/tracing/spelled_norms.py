@@ -1,7 +1,8 @@
 """Norms that a forward spells out: a mean over channels is allowed where all it does is to divide its own channels.
 
-``x * rsqrt(mean(x²) + eps)`` and ``x / mean(x)`` stay what they are under a factor on x, and so a mean over the kept
-channels is what the norm means. Such a mean is followed to where it is used; used in any other way its channels stay.
+``x * rsqrt(mean(x²) + eps)``, ``x / mean(x)`` and ``x / |x|`` (``F.normalize``) stay what they are under a factor on x,
+and so a mean (or an L2 norm) over the kept channels is what the norm means. Such a mean is followed to where it is
+used; used in any other way its channels stay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .labels import Labels
 from .notes import Statistic, read_note
 from .walk import Walk
 
-_UNCHANGED = ("alias", "contiguous", "clone", "detach", "_to_copy", "to", "type_as")
+_UNCHANGED = ("alias", "contiguous", "clone", "detach", "_to_copy", "to", "type_as", "expand", "expand_as")
 
 
 _POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "square": 2.0, "abs": 1.0}

@@ -13,7 +13,7 @@ from ..labels import LabelMap, Labels
 from ..notes import Statistic, note_on
 from ..scale_folding import targets_of_elementwise
 from ..spelled_norms import power_after, power_of
-from .registry import Operation, align, dims_of, each, empty_output, pad_shape, rule, rule_of_first
+from .registry import Operation, align, apply_rule, dims_of, each, empty_output, pad_shape, rule, rule_of_first
 
 _IDENTITY = (
     "alias contiguous clone detach detach_ dropout dropout_ to _to_copy lift_fresh requires_grad_ type_as positive"
@@ -79,6 +79,17 @@ def elementwise(op: Operation, x: Tensor) -> Any:
     return result
 
 
+@rule("glu")
+def glu(op: Operation, x: Tensor, dim: int = -1) -> Any:
+    """One half of a dim times the sigmoid of the other half."""
+    walk, half = op.walk, x.shape[dim] // 2
+    if x.shape[dim] % 2:
+        return op.run()  # raises PyTorch's own error
+    value, switch = apply_rule(walk, torch.ops.aten.split.Tensor, (x, half, dim))
+    switch = apply_rule(walk, torch.ops.aten.sigmoid.default, (switch,))
+    return apply_rule(walk, torch.ops.aten.mul.Tensor, (value, switch))
+
+
 _REDUCTIONS = """mean sum amax amin var std prod norm linalg_vector_norm logsumexp any all max min argmax argmin
     var_mean std_mean"""
 
@@ -91,7 +102,7 @@ def reduction(
         return elementwise(op, x)
     dims = dims_of(dim, x.dim())
     over = tuple([y for y in labels.maps if any(y.shape[d] > 1 for d in dims)])
-    if over and keepdim and op.name == "mean":
+    if over and keepdim and op.name in ("mean", "linalg_vector_norm"):
         note_on(out).statistic = Statistic(*power_of(labels), over, f"reduces over channels in {op.place}")
         op.walk.statistics += 1
         kept = tuple([y for y in labels.maps if not any(y is z for z in over)])
