@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..objective.batches import count
 from ..objective.loss_run import LossRun
 from ..objective.ranks import rank_and_count, summed_over_ranks
-from ..ops.channel_scores import channel_scores_
+from ..ops.channel_scores import BoundScores
 from ..plan.plan import Plan
 from .scores import keep_set_agreement
 from .tables import UnitTable
@@ -105,7 +105,7 @@ class MicroScores:
             self._flush()
 
     def _flush(self) -> None:
-        add_scores(self._current, self._work, self._table, self._waiting, self._element)
+        add_scores(self._current, self._work, self._table, self._waiting, self._element, again=True)
         for name in self._waiting:
             self._work.parameters[name].grad = None
         self._waiting, self._bytes = [], 0
@@ -212,14 +212,24 @@ def gathered_scores(work: Work, table: UnitTable, element: str) -> Tensor:
     return scores.abs()
 
 
-def add_scores(scores: Tensor, work: Work, table: UnitTable, parameters: list[str], element: str) -> None:
-    """Add what some parameters and their gradients say to ``scores``."""
+def add_scores(
+    scores: Tensor, work: Work, table: UnitTable, parameters: list[str], element: str, *, again: bool = False
+) -> None:
+    """Add what some parameters and their gradients say to ``scores``.
+
+    again: it is done with these scores many times; what is the same then is kept with the bucket's table.
+    """
     names, entries = table.subset(parameters)
     if not names:
         return
-    thetas = [work.parameters[n].detach() for n in names]
-    grads = [work.parameters[n].grad for n in names]
-    channel_scores_(scores, thetas, grads, entries, criterion=element, backend=work.backend)  # type: ignore[arg-type]
+
+    def bound() -> BoundScores:
+        thetas = [work.parameters[n].detach() for n in names]
+        return entries.bind(scores, thetas, criterion=element, backend=work.backend)
+
+    # what is bound holds its scores, so that no others come to lie at their address
+    add = entries.cached((scores.data_ptr(), element), bound) if again else bound()
+    add([work.parameters[n].grad for n in names])  # type: ignore[misc]
 
 
 class GradientHooks:

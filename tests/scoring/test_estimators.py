@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffprune_fast.objective import make_objective
 from diffprune_fast.objective.randomness import NOISE, TIMESTEPS, generator_for, stratified
+from diffprune_fast.ops import ScoreTable
 from diffprune_fast.plan import Member
 from diffprune_fast.scoring import Scores, score
 from diffprune_fast.scoring.estimators import MicroScores, Work
@@ -136,14 +137,22 @@ def test_halves_are_the_even_and_the_odd_micro_batches() -> None:
     assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith(("unused", "conv_out.bias")))
 
 
+def test_a_bucket_is_bound_once_for_all_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = []
+    bind = ScoreTable.bind
+    monkeypatch.setattr(ScoreTable, "bind", lambda table, *a, **k: bound.append(len(table)) or bind(table, *a, **k))
+    scored(timesteps=ALLOWED)
+    assert bound.count(max(bound)) == 1  # the whole of the tiny model is one bucket
+
+
 def test_no_more_than_a_bucket_of_gradients_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffprune_fast.scoring import estimators as accumulate
 
     held: list[int] = []
 
-    def watch(scores: Tensor, work: Work, *rest: Any) -> None:
+    def watch(scores: Tensor, work: Work, *rest: Any, **options: Any) -> None:
         held.append(sum(p.grad is not None for p in work.parameters.values()))
-        add_scores(scores, work, *rest)
+        add_scores(scores, work, *rest, **options)
 
     add_scores = accumulate.add_scores
     monkeypatch.setattr(accumulate, "add_scores", watch)
