@@ -84,10 +84,9 @@ class SaveAsPruned:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any) -> None:
-        """Write the module as :func:`save` does. Options of diffusers
-        (shards, a variant, …) are for models that their own config describes.
+        """Write the module as :func:`save` does; with options of diffusers (shards, a variant) as its class does.
 
-        Raises ValueError for such options with any other model.
+        Raises ValueError for such options where the model's config doesn't describe it.
         """
         wanted = {k for k, v in options.items() if v is not None and (k, v) not in _AS_IT_IS}
         if wanted and is_own_config(self.model):  # nothing but an ordinary model of its class
