@@ -24,6 +24,7 @@ NAMED = (
     "ops.channel_scores_",
     "ops.slice_channels_",
     "pipelines.encoded",
+    "sensitivity.measure_sensitivities",
 )
 
 

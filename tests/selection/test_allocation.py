@@ -395,7 +395,7 @@ def test_units_of_a_time_embedding_are_counted_at_a_discount():
 
 def test_the_discount_is_for_parameters_only():
     plan = with_embedding()
-    scores = Scores(np.ones(128), "micro", "diff-pruning", 0, damage=np.repeat([1.0, 3.0], 64))
+    scores = Scores(np.ones(128), "micro", "diff-pruning", 0, damage=np.repeat([1.0, 1.5], 64))
     by_params = {n: len(k) for n, k in select(plan, scores, params=0.75).keep.items()}
     by_macs = {n: len(k) for n, k in select(plan, scores, macs=0.75).keep.items()}
     assert by_params["time"] < by_params["image"]
