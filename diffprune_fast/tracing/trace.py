@@ -56,12 +56,12 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, unit
     note_methods(model, walk, calls)
     plan = build_plan(model, walk)
     refuse_shared_memory(model, plan)
+    if units != "heads":  # what the probe leaves whole may go by the head as well
+        plan = probe_plan(model, walk, plan, calls)
     heads = heads_to_take_whole(walk.attended, units_of_channels(plan, channels), units)
     if heads is None:
-        return probe_plan(model, walk, plan, calls)
+        return plan if units != "heads" else probe_plan(model, walk, plan, calls)
     again = walk_forward(model, channels, Graph(channels.total, heads=heads), calls)
     note_methods(model, again, calls)
     by_heads = probe_plan(model, again, build_plan(model, again), calls)
-    if units == "heads" or reach(by_heads) >= reach(plan):
-        return by_heads
-    return max(by_heads, probe_plan(model, walk, plan, calls), key=reach)
+    return by_heads if units == "heads" or reach(by_heads) >= reach(plan) else plan

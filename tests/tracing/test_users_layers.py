@@ -63,3 +63,10 @@ def test_gpt2_is_exact() -> None:
     whole = sum(p.numel() for p in model.parameters())
     assert_exact(model, lambda m: m(input_ids=ids).logits, example_inputs={"input_ids": ids})
     assert sum(p.numel() for p in model.parameters()) < 0.9 * whole
+
+
+def test_heads_are_taken_whole_where_only_the_probe_finds_that_dims_have_to_stay() -> None:
+    config = transformers.T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    model = transformers.T5EncoderModel(config).eval()
+    plan = dpf.trace(model, {"input_ids": torch.arange(3, 12)[None]})
+    assert plan["encoder.block.0.layer.0.SelfAttention.q"].n_units == 4
