@@ -112,47 +112,15 @@ def image_size(model: Any, size: int | None) -> tuple[int, tuple[int, int]]:
 
 def load(model_dir: Path, weights: bool = True) -> Any:
     """The model or pipeline in a folder; a model without weights is on ``meta`` where that is possible."""
-    from ..architectures.configs import build_on_meta
-    from ..checkpoint.building import at_most_modules
-    from ..checkpoint.loading import diffusers_class, from_pretrained
-    from ..checkpoint.manifest import CONFIG, MANIFEST
-    from ..checkpoint.reading import check_folder
-    from ..checkpoint.replacing import place_of
+    from ..checkpoint.dense import model_in
 
     if not model_dir.is_dir():
         raise ValueError(f"{model_dir} is not a folder: download the model and give its folder")
-    if place_of(model_dir, MANIFEST).exists():
-        return from_pretrained(model_dir)
-    if (model_dir / INDEX).exists():
-        from ..pipelines.loading import pipeline_from_pretrained
+    if not (model_dir / INDEX).exists():
+        return model_in(model_dir, weights)
+    from ..pipelines.loading import pipeline_from_pretrained
 
-        return pipeline_from_pretrained(model_dir)
-    config = _read_config(model_dir / CONFIG)
-    cls: Any = diffusers_class(config["_class_name"])
-    check_folder(model_dir)
-    with at_most_modules():
-        if not weights:
-            return build_on_meta(cls, config)
-        model, found = cls.from_pretrained(
-            model_dir, output_loading_info=True, use_safetensors=True, local_files_only=True
-        )
-    if found["missing_keys"] or found["mismatched_keys"]:
-        wrong = [*found["missing_keys"], *map(str, found["mismatched_keys"])]
-        raise ValueError(f"the weights in {model_dir} lack {wrong[0]} ({len(wrong)} in all): they are of another model")
-    return model
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    from ..checkpoint.reading import check_harmless, read_json
-
-    try:
-        config = read_json(path, path.parent)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {path.parent} is not a folder of diffusers") from None
-    check_harmless(config, path)
-    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
-        raise ValueError(f"{path} names no class (_class_name): it is not a config of diffusers")
-    return config
+    return pipeline_from_pretrained(model_dir)
 
 
 def device_of(name: str | None) -> Any:
@@ -216,11 +184,13 @@ def scheduler_of(model_dir: Path, given: Path | None) -> Any:
     """The scheduler whose noise the model was trained with: the given one, its pipeline's, or None."""
     import diffusers
 
+    from ..checkpoint.dense import read_config
+
     name = "scheduler_config.json"
     places = [given] if given is not None else [model_dir, model_dir / "scheduler", model_dir.parent / "scheduler"]
     for place in places:
         if (place / name).exists():
-            config = _read_config(place / name)
+            config = read_config(place / name)
             cls = getattr(diffusers, config["_class_name"], None) if config["_class_name"].isidentifier() else None
             if not isinstance(cls, type) or not issubclass(cls, diffusers.SchedulerMixin):
                 raise ValueError(f"{place / name}: {config['_class_name']!r} is not a scheduler of diffusers")

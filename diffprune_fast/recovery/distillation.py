@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.loading import diffusers_class, from_pretrained
-from ..checkpoint.manifest import CONFIG, MANIFEST
+from ..checkpoint.dense import model_in
 from ..objective.conditioning import read_batch
 from ..objective.isolation import unwrapped
 from ..objective.loss import Objective, dtype_of, first_tensor, reconstructed
@@ -119,7 +117,7 @@ def find_teacher(teacher: Any, model: nn.Module) -> nn.Module:
     without a model, TypeError for anything else.
     """
     if isinstance(teacher, (str, os.PathLike)):
-        return _loaded(Path(teacher)).to(_device_of(model)).eval()
+        return model_in(Path(teacher)).to(_device_of(model)).eval()
     if not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher is a {type(teacher).__name__}: give a module (of a pipeline the component, such as pipe.unet) "
@@ -132,23 +130,6 @@ def find_teacher(teacher: Any, model: nn.Module) -> nn.Module:
             "score_and_prune(…, inplace=False), or give the folder that it was loaded from"
         )
     return teacher
-
-
-def _loaded(folder: Path) -> nn.Module:
-    if (folder / MANIFEST).is_file():
-        return from_pretrained(folder)
-    try:
-        name = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        hint = f"; there are {', '.join(inside)} in it" if inside else ""
-        raise ValueError(f"the teacher's folder {folder} has no {CONFIG} of a model of diffusers{hint}") from None
-    cls: Any = diffusers_class(name)
-    model, found = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True)
-    if found["missing_keys"] or found["mismatched_keys"]:
-        wrong = [*found["missing_keys"], *map(str, found["mismatched_keys"])]
-        raise ValueError(f"the teacher's folder {folder} lacks {wrong[0]} ({len(wrong)} in all)")
-    return model
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> Tensor:

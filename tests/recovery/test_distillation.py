@@ -208,7 +208,7 @@ def test_a_pruned_model_in_a_folder_is_a_teacher(unet, tmp_path):
 
 
 def test_folders_without_a_model_are_named(unet, tmp_path):
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
         run(unet, tmp_path / "nothing")
     unet.save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="there are unet in it"):
