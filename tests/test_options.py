@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def keywords(f: Any) -> dict[str, Any]:
     """Keyword-only parameters with their types; others may have types that only type checkers import."""
     parameters = inspect.signature(f).parameters.values()
-    return {p.name: eval(p.annotation, f.__globals__) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: eval(p.annotation, inspect.unwrap(f).__globals__) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize(("stage", "options"), [(dpf.score, ScoreOptions), (dpf.select, SelectOptions)])

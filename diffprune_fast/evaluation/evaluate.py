@@ -100,7 +100,7 @@ def evaluate(
         >>> from diffusers import UNet2DModel
         >>> unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
         ...                    up_block_types=("UpBlock2D",), norm_num_groups=4)
-        >>> found = evaluate(unet, torch.zeros(4, 3, 8, 8), seeds=(0, 1))
+        >>> found = evaluate(unet, torch.rand(4, 3, 8, 8) * 2 - 1, seeds=(0, 1))
         >>> found.figures["loss"].n
         2
     """

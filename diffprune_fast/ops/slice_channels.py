@@ -224,7 +224,8 @@ def _check_owned(who: str, tensor: Tensor) -> None:
     if tensor.device.type == "meta":
         return
     wanted = tensor.numel() * tensor.element_size()
-    if tensor.untyped_storage().nbytes() < wanted:
+    dense = is_dense(tensor)
+    if dense and tensor.untyped_storage().nbytes() < wanted:
         raise ValueError(
             f"{who} of shape {tuple(tensor.shape)} has no memory: its storage was released, as FSDP and offloading "
             "do; bring the weights back first"
@@ -234,7 +235,7 @@ def _check_owned(who: str, tensor: Tensor) -> None:
             f"{who} of shape {tuple(tensor.shape)} is a view of a larger storage, whose memory can't be given "
             "back: clone() it first"
         )
-    if not is_dense(tensor):
+    if not dense:
         raise ValueError(
             f"{who} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense: make it contiguous first"
         )

@@ -22,6 +22,8 @@ def build_plan(model: nn.Module, walk: Walk) -> Plan:
     """Turn a finished walk into a plan."""
     channels, graph = walk.channels, walk.graph
     component, frozen_reason = _components(graph)
+    if _keep_whole_groups(graph, component):
+        component, frozen_reason = _components(graph)
     places = list(channels.start)
     starts = np.array([channels.start[p] for p in places] + [channels.total], np.int64)
     free = np.flatnonzero((component >= 0) & (frozen_reason[component] < 0))
@@ -67,6 +69,19 @@ def _components(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
     reason[component[0]] = max(reason[component[0]], 0)
     touched[0] = False
     return np.where(touched, component, -1), reason
+
+
+def _keep_whole_groups(graph: Graph, component: np.ndarray) -> bool:
+    """Freeze what could only go with a whole group of a convolution, whose other groups would then get its channels."""
+    found = False
+    for c in graph.constraints:
+        if c.kind == "conv_groups":
+            of_rows = component[c.rows]
+            whole = (of_rows == of_rows[:, :1]).all(axis=1) & (of_rows[:, 0] >= 0)
+            if whole.any():
+                graph.freeze(c.rows[whole].reshape(-1), f"would take a whole group of {c.place} with it")
+                found = True
+    return found
 
 
 def _group(

@@ -56,7 +56,8 @@ class Comparison(Graph):
     def constrain(self, kind: str, place: str, rows: np.ndarray) -> None:
         super().constrain(kind, place, rows)
         units = free_rows(kind, self.unit_of[rows])
-        if (units < 0).all() or ("norm" not in kind and (units == units[:, :1]).all()):
+        may_go_whole = "norm" not in kind and kind != "conv_groups"
+        if (units < 0).all() or (may_go_whole and (units == units[:, :1]).all()):
             return
         if kind == "instance_norm":  # or a norm that keeps one channel in each group
             if self._key(kind, units) in self.allowed or self._key("norm", units) in self.allowed:

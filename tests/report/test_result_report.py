@@ -73,7 +73,7 @@ def test_pushing_uploads_what_saving_writes(result, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert result.push_to_hub("me/small", private=True) == "https://hub/me/small"
     assert sent["made"] == ("me/small", {"private": True, "exist_ok": True})
-    assert sent["files"] == ["README.md", "diffprune.json", "diffusion_pytorch_model.safetensors"]
+    assert sent["files"] == ["README.md", "diffprune.json", "diffprune_model.safetensors"]
 
 
 ROWS = [

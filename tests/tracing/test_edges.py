@@ -254,3 +254,28 @@ def test_no_tensor_of_a_walk_is_left_in_a(how: str) -> None:
     model(X.float()).sum().backward()
     dpf.prune(model, plan, {"a": np.arange(8)}, example_inputs=(X.float(),))
     assert model.a.out_channels == 8
+
+
+@pytest.mark.parametrize(("outputs", "heads"), [(8, None), (24, 2)])
+def test_a_whole_group_of_a_convolution_stays(outputs: int, heads: int | None) -> None:
+    """Its inputs are the model's own; without one group's outputs the other groups would answer in its place."""
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grouped, self.last = nn.Conv2d(16, outputs, 1, groups=8), nn.Conv2d(outputs, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.grouped(x)
+            if heads:  # each of 12 channels, four groups, which go together
+                y = (y.unflatten(1, (heads, -1)) * torch.ones(heads, 12, 1, 1)).flatten(1, 2)
+            return self.last(y)
+
+    torch.manual_seed(0)
+    model, x = Grouped().eval(), (torch.randn(1, 16, 2, 2),)
+    plan = dpf.trace(model, x)
+    keep = dpf.select(plan, np.arange(plan.n_units, dtype=float), ratio=0.3, round_to=1).keep if plan.groups else {}
+    result = dpf.prune(model, plan, keep, inplace=False, example_inputs=x)
+    assert result.model.grouped.weight.shape[0] % 8 == 0
+    if outputs == 8:
+        assert result.model.grouped.weight.shape == model.grouped.weight.shape
