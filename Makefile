@@ -70,7 +70,7 @@ study: $(VENV)/.study
 	$(BIN)/python examples/study/study.py --out study $(STUDY_ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(TEST_ARGS)
 
 test-matrix: $(VENV)/.dev
 	$(BIN)/python -m nox $(NOX_ARGS)

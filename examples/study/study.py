@@ -238,7 +238,7 @@ def main(args: argparse.Namespace) -> None:
         amounts = dataclasses.replace(amounts, trained_steps=args.distill_steps)
     if args.samples:
         amounts = dataclasses.replace(amounts, samples=args.samples)
-    args.models = args.models or (["photos", "dit"] if args.quick else list(SUBJECTS))
+    args.models = args.models or (["dit"] if args.quick else list(SUBJECTS))
     args.samples = amounts.samples if args.samples is None else args.samples
     if args.quick:
         args.budgets, args.seeds, args.trained = args.budgets[:1], args.seeds[:1], args.budgets[:1]
