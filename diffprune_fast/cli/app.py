@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -29,6 +29,12 @@ RUN, RESULT = "run.json", "evaluation.json"
 
 ModelDir = Annotated[Path, typer.Argument(help="Folder of a diffusers model or pipeline, pruned before or not.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is in --out.")]
+# Optional, not | None: typer on Python 3.10.
+Component = Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")]  # noqa: UP045
+Size = Annotated[Optional[int], typer.Option(help="Image size. Default: what the model is made for.")]  # noqa: UP045
+SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out broken images.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, ... Default: cuda where there is one.")]  # noqa: UP045
 
 # What a missing module is for, by the extra that brings it.
 EXTRAS = {"matplotlib": "report", "jinja2": "report", "torchmetrics": "evaluate", "transformers": "text"}

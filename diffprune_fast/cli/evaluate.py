@@ -8,7 +8,22 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..choices import NormGroups, Units
-from .app import RESULT, Force, ModelDir, Ran, app, check_out, emptied, errors_in_one_line, say, write_json
+from .app import (
+    RESULT,
+    Component,
+    Device,
+    Force,
+    ModelDir,
+    Ran,
+    Size,
+    SkipUnreadable,
+    app,
+    check_out,
+    emptied,
+    errors_in_one_line,
+    say,
+    write_json,
+)
 from .loading import Opened, open_images, open_model
 from .prune import rehearsed, traced
 from .sampling import DdimSpacing, Labels, Prompts, Sampling, Solver, sampling_of, save_images
@@ -34,7 +49,7 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder that samples should be like. Default: --images."),
     ] = None,
-    component: Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")] = None,  # noqa: UP045
+    component: Component = None,
     n: Annotated[int, typer.Option(help="Samples of each seed; 0 for none.")] = 64,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     seeds: Annotated[int, typer.Option(help="So many seeds, for a mean and its deviation.")] = 3,
@@ -49,10 +64,10 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of the config of the scheduler that the model was trained with."),
     ] = None,
-    size: Annotated[Optional[int], typer.Option(help="Image size. Default: what the model is made for.")] = None,  # noqa: UP045
-    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out broken images.")] = False,
+    size: Size = None,
+    skip_unreadable: SkipUnreadable = False,
     seed: Annotated[int, typer.Option(help="The first one.")] = 0,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ... Default: cuda where there is one.")] = None,  # noqa: UP045
+    device: Device = None,
     force: Force = False,
 ) -> None:
     """Measure a model: size, time, memory, held-out loss, and samples beside the dense model's and real images."""
@@ -146,7 +161,7 @@ def _example(opened: Opened) -> Any:
 @app.command()
 def inspect(
     model_dir: ModelDir,
-    component: Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")] = None,  # noqa: UP045
+    component: Component = None,
     ratio: Annotated[Optional[float], typer.Option(help="What a share of units less would leave.")] = None,  # noqa: UP045
     params: Annotated[Optional[float], typer.Option(help="What so many parameters would leave.")] = None,  # noqa: UP045
     macs: Annotated[Optional[float], typer.Option(help="What so many MACs would leave.")] = None,  # noqa: UP045

@@ -8,7 +8,21 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..choices import Precision, RecoveryLoss
-from .app import Force, ModelDir, Ran, app, asked, check_out, errors_in_one_line, say
+from .app import (
+    Component,
+    Device,
+    Force,
+    ModelDir,
+    Ran,
+    Seed,
+    Size,
+    SkipUnreadable,
+    app,
+    asked,
+    check_out,
+    errors_in_one_line,
+    say,
+)
 from .loading import open_images, open_model
 
 # The training's state in --out while it isn't finished.
@@ -27,7 +41,7 @@ def finetune(
         Optional[RecoveryLoss],  # noqa: UP045
         typer.Option(help="Default: distillation with a teacher, else noise."),
     ] = None,
-    component: Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")] = None,  # noqa: UP045
+    component: Component = None,
     lr: Annotated[Optional[float], typer.Option(help="Default: 2e-4, with a teacher 5e-4.")] = None,  # noqa: UP045
     warmup: Annotated[Optional[int], typer.Option(help="Steps. Default: a tenth, at most 500.")] = None,  # noqa: UP045
     schedule: Annotated[str, typer.Option(help="What follows the warmup, as diffusers names it.")] = "cosine",
@@ -45,11 +59,11 @@ def finetune(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of the scheduler's config. Default: the model's, else 1000-step DDPM."),
     ] = None,
-    size: Annotated[Optional[int], typer.Option(help="Image size. Default: what the model is made for.")] = None,  # noqa: UP045
+    size: Size = None,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
-    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out broken images.")] = False,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ... Default: cuda where there is one.")] = None,  # noqa: UP045
+    skip_unreadable: SkipUnreadable = False,
+    seed: Seed = 0,
+    device: Device = None,
     force: Force = False,
 ) -> None:
     """Train a model on, towards the dense one's answers if that is given; started again it goes on where it was."""

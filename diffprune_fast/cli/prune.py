@@ -19,7 +19,21 @@ from ..choices import (
     Rounding,
     Units,
 )
-from .app import INDEX, Force, ModelDir, Ran, app, asked, check_out, errors_in_one_line, say
+from .app import (
+    INDEX,
+    Component,
+    Device,
+    Force,
+    ModelDir,
+    Ran,
+    Seed,
+    Size,
+    app,
+    asked,
+    check_out,
+    errors_in_one_line,
+    say,
+)
 from .loading import device_of, image_loader, load, scheduler_of
 
 if TYPE_CHECKING:
@@ -38,7 +52,7 @@ def info() -> None:
 @app.command()
 def trace(
     model_dir: ModelDir,
-    component: Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")] = None,  # noqa: UP045
+    component: Component = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the plan to this file.")] = None,  # noqa: UP045 (typer on Python 3.10)
     units: Annotated[Units, typer.Option(help="What can go of attentions.")] = "auto",
 ) -> None:
@@ -61,7 +75,7 @@ def prune(
             help="Folder of training images (any depth); captions in metadata.jsonl or .txt files beside them."
         ),
     ] = None,
-    component: Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")] = None,  # noqa: UP045
+    component: Component = None,
     ratio: Annotated[Optional[float], typer.Option(help="Share of units to remove. Default: 0.3.")] = None,  # noqa: UP045
     params: Annotated[Optional[float], typer.Option(help="Parameters to keep: a share or a number.")] = None,  # noqa: UP045
     macs: Annotated[Optional[float], typer.Option(help="MACs to keep: a share or a number.")] = None,  # noqa: UP045
@@ -105,11 +119,11 @@ def prune(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of the scheduler's config. Default: the model's pipeline's, else 1000-step DDPM."),
     ] = None,
-    size: Annotated[Optional[int], typer.Option(help="Image size. Default: what the model is made for.")] = None,  # noqa: UP045
+    size: Size = None,
     batch_size: Annotated[int, typer.Option(help="Images per micro-batch.")] = 32,
     max_samples: Annotated[int, typer.Option(help="The most images to score with.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ... Default: cuda where there is one.")] = None,  # noqa: UP045
+    seed: Seed = 0,
+    device: Device = None,
     force: Force = False,
 ) -> None:
     """Prune a model, or a component of a pipeline, to a budget and save it."""

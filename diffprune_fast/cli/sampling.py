@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..choices import Spacing
-from .app import Force, ModelDir, Ran, app, check_out, emptied, errors_in_one_line, say
+from .app import Device, Force, ModelDir, Ran, app, check_out, emptied, errors_in_one_line, say
 from .loading import Opened, image_size, open_model
 
 Labels = Annotated[
@@ -161,7 +161,7 @@ def sample(
         typer.Option(help="Folder of the config of the scheduler that the model was trained with."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise: two models' images of one seed pair up.")] = 0,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ... Default: cuda where there is one.")] = None,  # noqa: UP045
+    device: Device = None,
     force: Force = False,
 ) -> None:
     """Make images: every one as a PNG, and a grid of them."""

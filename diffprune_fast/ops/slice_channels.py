@@ -115,15 +115,17 @@ def set_data(tensor: Tensor, data: Tensor) -> list[Step]:
     """
     steps: list[Step] = [partial(setattr, tensor, "data", data)]
     if tensor.requires_grad and tensor.shape != data.shape:
-        other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
-        steps.insert(0, partial(setattr, tensor, "data", torch.empty(0, dtype=other, device=tensor.device)))
+        steps.insert(0, partial(setattr, tensor, "data", _of_another_type(tensor)))
     return steps
+
+
+def _of_another_type(tensor: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.float32 if tensor.dtype == torch.float16 else torch.float16, device=tensor.device)
 
 
 def _leave_old_graph(tensor: Tensor) -> None:
     if tensor.requires_grad:
-        other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
-        both = torch.empty(0, dtype=other, device=tensor.device), tensor.data
+        both = _of_another_type(tensor), tensor.data
         deque(map(setattr, repeat(tensor), repeat("data"), both), maxlen=0)  # one call: never only the first of them
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,7 @@ def _run(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         twin = _twin(model, shapes, cut, mode).eval()
         stack.enter_context(attributes_set(twin, attributes))
-        stack.enter_context(_same_positions(twin))
+        _same_positions(twin)
         torch.manual_seed(0)
         for method, args, kwargs in inputs:
             f = twin if method == "forward" else getattr(twin, method)
@@ -179,8 +179,7 @@ def _twin(model: nn.Module, shapes: Any, cut: Cut, mode: Recorder) -> nn.Module:
         raise Incomparable(f"the model can't be copied: {error}") from error
 
 
-@contextmanager
-def _same_positions(model: nn.Module) -> Iterator[None]:
+def _same_positions(twin: nn.Module) -> None:
     """Tables of positions that a module would make anew for these inputs aren't masked."""
 
     def check(module: nn.Module, inputs: Any) -> None:
@@ -188,9 +187,6 @@ def _same_positions(model: nn.Module) -> Iterator[None]:
         if rule is not None and rule.wanted(module, inputs) != rule.held(module):
             raise Incomparable("the model makes positions for inputs of another size")
 
-    handles = [m.register_forward_pre_hook(check) for m in model.modules() if table_of(m) is not None]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    for module in twin.modules():
+        if table_of(module) is not None:
+            module.register_forward_pre_hook(check)
