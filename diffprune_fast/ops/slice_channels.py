@@ -49,7 +49,7 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice], *, backe
 
     Raises:
         ValueError, TypeError: unsorted, repeated, empty or out-of-range indices, views of a larger storage, tensors
-        that share memory.
+            that share memory.
         BackendError: the backend that was asked for can't serve.
 
     Example:
