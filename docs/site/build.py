@@ -26,6 +26,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "benchmarks/results/README.md": "benchmarks.md",
+    "docs/site/reference.md": "reference.md",
     **{f"docs/{page.name}": page.name for page in sorted((ROOT / "docs").glob("*.md"))},
 }
 LINK = re.compile(r"(?<![\w`])\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
@@ -39,8 +40,7 @@ def gather(into: Path) -> None:
             text += "\n" + (HERE / "contents.md").read_text(encoding="utf-8")
         (into / page).write_text(LINK.sub(lambda found: link(found, source), text), encoding="utf-8")
     shutil.copytree(ROOT / "docs" / "images", into / "images")
-    for name in ("conf.py", "reference.md"):
-        shutil.copy(HERE / name, into)
+    shutil.copy(HERE / "conf.py", into)
 
 
 def link(found: re.Match[str], source: str) -> str:
