@@ -43,8 +43,8 @@ def readers() -> dict[str, Any]:
     pipe = stable_diffusion()
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return {
-        "unet": small_unet(3, 16), "scheduler": DDPMScheduler(), "images": images(64, size=16), "steps": 2, "pipe": pipe,
-        "captioned": [(images(4, size=size), ["a red cat", "a house", "", "a tree"])] * 2,
+        "unet": small_unet(3, 16), "scheduler": DDPMScheduler(), "images": images(64, size=16), "steps": 2,
+        "pipe": pipe, "captioned": [(images(4, size=size), ["a red cat", "a house", "", "a tree"])] * 2,
         "latent_unet": small_unet(4, 8), "latents": [images(16, 4)],
         "model": classifier, "batches": [(images(16), labels)],
         "loader": [images(16, size=16)],

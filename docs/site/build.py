@@ -1,8 +1,8 @@
-"""Builds the documentation site: ``python docs/site/build.py site/`` (``make docs`` does it in the project's environment).
+"""Builds the documentation site: ``python docs/site/build.py site/``; ``make docs`` does it in its environment.
 
-Its pages are docs/ and some of the repository's root; they stay where a repository has them, and are gathered here with links
-between them that lead somewhere. Links to other files go to the repository (``REPOSITORY_URL``), or are shown as names.
-Warnings are errors.
+Its pages are docs/ and some of the repository's root; they stay where a repository has them, and are gathered here with
+links between them that lead somewhere. Links to other files go to the repository (``REPOSITORY_URL``), or are shown as
+names. Warnings are errors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import posixpath
 import re
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from sphinx.cmd.build import main as sphinx
@@ -38,7 +39,7 @@ def gather(into: Path) -> None:
         text = (ROOT / source).read_text(encoding="utf-8")
         if page == "index.md":
             text += "\n" + (HERE / "contents.md").read_text(encoding="utf-8")
-        (into / page).write_text(LINK.sub(lambda found: link(found, source), text), encoding="utf-8")
+        (into / page).write_text(LINK.sub(partial(link, source=source), text), encoding="utf-8")
     shutil.copytree(ROOT / "docs" / "images", into / "images")
     shutil.copy(HERE / "conf.py", into)
 
