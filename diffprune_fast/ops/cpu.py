@@ -164,8 +164,8 @@ def slice_steps(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> list[Step
 
     Tensors that own their memory are compacted within it, and what lies behind them goes back to the system; the
     others, and biases and the like, get new memory. The first step moves all channels, in one call of C++ that fails
-    before it begins or not at all; the next ones give the tensors their new data; the last ones let go of memory, and do
-    no harm where they fail.
+    before it begins or not at all; the next ones give the tensors their new data; the last ones let go of memory, and
+    do no harm where they fail.
     """
     alive: list[Tensor] = []
     rows: list[dict[str, int]] = []
@@ -199,8 +199,8 @@ def slice_steps(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> list[Step
     return [move, *data, *rest]
 
 
-# From here on, pages are given back; below, their bookkeeping costs more than a copy of what stays. (The UNet of CIFAR-10
-# on an EPYC: 1.4 times as fast as PyTorch with 256 KB, 1.2 times with 1 MB.)
+# From here on, pages are given back; below, their bookkeeping costs more than a copy of what stays. (The UNet of
+# CIFAR-10 on an EPYC: 1.4 times as fast as PyTorch with 256 KB, 1.2 times with 1 MB.)
 _LARGE = 1 << 18
 
 
