@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 from tqdm import tqdm
 
@@ -120,6 +119,8 @@ class OwnSamples(MadeBatches):
         if is_autoencoder(model):
             raise ValueError(f"{type(model).__name__} is an autoencoder, it makes no images of noise: give a loader")
         make_objective(model, scheduler)  # raises where it isn't known what the model predicts
+        from diffusers import DDPMScheduler
+
         self._scheduler = scheduler or DDPMScheduler(num_train_timesteps=DEFAULT_TIMESTEPS)
         self._shape = shape or _image_shape(model)
         self._classes = n_classes(model)
