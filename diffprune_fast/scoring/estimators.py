@@ -16,6 +16,7 @@ from ..objective.loss_run import LossRun
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import BoundScores
 from ..plan.plan import Plan
+from ..progress import bar
 from .scores import keep_set_agreement
 from .tables import UnitTable
 
@@ -169,19 +170,17 @@ def until_agreed(
     At least ``min_samples`` and 16 micro-batches, at most ``max_samples``. Returns the scores per micro-batch,
     ``(n_units,)``; the samples used, of all ranks; the last agreement (None for a single micro-batch).
     """
-    from tqdm.auto import tqdm
-
     most = max(1, -(-max_samples // micro_batch))
     least = min(most, max(MIN_BATCHES, -(-min_samples // micro_batch)))
     rank, ranks = rank_and_count() if split_ranks else (0, 1)
     samples, good, found = 0, 0, None
-    with tqdm(total=most * micro_batch, desc="scoring", unit="sample", disable=not work.progress or rank > 0) as bar:
+    with bar(desc="scoring", show=work.progress and rank == 0, total=most * micro_batch, unit="sample") as shown:
         for k in range(most):
             batch, t, noise = work.draw(k, micro_batch, allowed)
             if k % ranks == rank:
                 collector.add(k, partial(work.mean_loss, batch, t, noise))
             samples += count(batch)
-            bar.update(count(batch))
+            shown.update(count(batch))
             done = k + 1
             if done % CHECK_EVERY and done != most:
                 continue
@@ -189,10 +188,10 @@ def until_agreed(
             if done > 1:
                 a, b = collector.halves().double().cpu().numpy()
                 found = keep_set_agreement(work.plan, a, b, agreement_ratio)
-                bar.set_postfix(agreement=f"{found:.3f}")
+                shown.set_postfix(agreement=f"{found:.3f}")
                 good = good + 1 if found >= agreement else 0
             if done >= least and good >= 2:
-                bar.total = bar.n
+                shown.total = shown.n
                 break
         total = collector.total().double().cpu().numpy() / done
     return total, samples, found

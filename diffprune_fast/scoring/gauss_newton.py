@@ -22,6 +22,7 @@ from ..objective.outputs import outputs_seen
 from ..objective.randomness import generator_for
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..plan.plan import Member, Plan
+from ..progress import bar
 from .estimators import BUCKET_BYTES, GradientHooks, Work, add_scores
 from .tables import UnitTable, unit_table
 
@@ -193,15 +194,13 @@ def estimated_damage(work: Work, *, allowed: np.ndarray, micro_batch: int, sampl
 
     allowed: the timesteps that are drawn. micro_batch, samples: at most so many in a draw, and of all ranks.
     """
-    from tqdm.auto import tqdm
-
     for p in work.parameters.values():
         p.grad = None
     damage, size = Damage(work), min(micro_batch, SAMPLES_OF_A_DRAW)
     rank, ranks = rank_and_count()
     seen = 0
-    hidden = not work.progress or rank > 0
-    for k in tqdm(range(max(1, -(-samples // size))), desc="damage", unit="draw", disable=hidden):
+    shown = work.progress and rank == 0
+    for k in bar(range(max(1, -(-samples // size))), desc="damage", show=shown, unit="draw"):
         batch, t, noise = work.draw(k, size, allowed)
         if k % ranks == rank:
             damage.add(k, partial(work.mean_loss, batch, t, noise))
