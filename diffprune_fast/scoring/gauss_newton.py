@@ -47,20 +47,27 @@ def consumer_members(plan: Plan, model: nn.Module) -> dict[str, list[Member]]:
     reads through weights (queries and keys meet each other) has the rows of one layer that makes it, with their bias:
     ``q * dL/dq`` summed over a sample is ``k * dL/dk``, so one side says it all.
     """
-    modules = dict(model.named_modules())
+    modules, by_norm = dict(model.named_modules()), {f.direction: f.gain for f in plan.norm_fixes}
     members = {}
     for group in plan.groups:
         there = [m for m in group.members if m.parameter not in plan.buffers]
-        dims = [_read_dim(modules, m.parameter) for m in there]
+        dims = [_read_dim(modules, m.parameter, m.parameter in by_norm) for m in there]
         read = [m for m, dim in zip(there, dims) if m.dim == dim]
         makers = [m for m, dim in zip(there, dims) if dim is not None and m.dim == 1 - dim]
+        gains = [m for m in there if m.parameter in by_norm.values()]  # a direction's rows have no gradient along them
+        makers = [m for m in makers if m.parameter not in by_norm] or gains
         members[group.name] = read or _one_side(makers or there[:1], there)
     return members
 
 
-def _read_dim(modules: Mapping[str, nn.Module], parameter: str) -> int | None:
-    """The dim of a convolution's or linear layer's weight that meets its input; None for every other parameter."""
+def _read_dim(modules: Mapping[str, nn.Module], parameter: str, by_norm: bool) -> int | None:
+    """The dim of a convolution's or linear layer's weight that meets its input; None for every other parameter.
+
+    by_norm: the parameter is the direction of such a weight (weight_norm).
+    """
     owner, _, leaf = parameter.rpartition(".")
+    if by_norm:
+        owner, leaf = owner.removesuffix(".parametrizations.weight"), "weight"
     module = modules.get(owner)
     if isinstance(module, nn.MultiheadAttention):
         return 1 if leaf.endswith("proj_weight") else None
