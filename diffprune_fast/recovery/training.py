@@ -14,6 +14,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ..checkpoint.state import read_state, write_state
 from ..objective.batches import count, part
 from ..objective.loss import Objective
 from ..objective.loss_run import precision
@@ -22,7 +23,6 @@ from ..objective.randomness import NOISE, TIMESTEPS, Stream, generator_for, stra
 from .distillation import StepLoss
 from .position import Position
 from .progress import Progress
-from .state import read_state, write_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
