@@ -23,7 +23,7 @@ from ..objective.forms import as_batch
 from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.randomness import own_randomness
-from ..objective.ranks import rank_and_count
+from ..objective.ranks import rank_and_count, together
 from .distillation import StepLoss, find_teacher
 from .losses import step_loss_of
 from .position import Position
@@ -76,7 +76,8 @@ def finetune(
 
     Parameters without ``requires_grad`` stay as they are; the global random state too. Timesteps are stratified within
     a batch. Started by ``accelerate launch`` (or torchrun) on several processes, each takes its part of every batch:
-    the result is that of one process, up to rounding and dropout. There the model goes to its process's device.
+    the result is that of one process, up to rounding and dropout. There the model goes to its process's device;
+    settings or loaders that differ are found at the start, and a process that raises takes the others along.
 
     Args:
         model: a denoiser or an autoencoder, pruned or not.
@@ -131,6 +132,59 @@ def finetune(
     Source: the finetuning of Fang et al., 2023 (Adam, clip 1, EMA 0.9999), with a schedule for short runs; Hinton et
     al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
     """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with _accelerating(accelerator, device) as found:
+        return _finetune(
+            model,
+            loader,
+            scheduler,
+            steps=steps,
+            lr=lr,
+            teacher=teacher,
+            teacher_share=teacher_share,
+            loss=loss,
+            warmup=warmup,
+            schedule=schedule,
+            clip=clip,
+            ema=ema,
+            accumulate=accumulate,
+            gradient_checkpointing=gradient_checkpointing,
+            loss_fn=loss_fn,
+            autocast=autocast,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            accelerator=found,
+            seed=seed,
+            progress=progress,
+        )
+
+
+@together
+def _finetune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    scheduler: Any,
+    *,
+    steps: int,
+    lr: float | None,
+    teacher: nn.Module | str | os.PathLike[str] | None,
+    teacher_share: float,
+    loss: RecoveryLoss | StepLoss | None,
+    warmup: int | None,
+    schedule: str,
+    clip: float,
+    ema: float,
+    accumulate: int,
+    gradient_checkpointing: bool,
+    loss_fn: LossFunction | None,
+    autocast: torch.dtype | None,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: int,
+    accelerator: Accelerator,
+    seed: int,
+    progress: bool,
+) -> Finetuned:
+    """:func:`finetune`, once the processes know of each other."""
     lr = (LEARNING_RATE if teacher is None else LEARNING_RATE_WITH_TEACHER) if lr is None else lr
     warmup = min(500, steps // 10) if warmup is None else warmup
     _check_settings(steps, lr, warmup, clip, ema, teacher_share, teacher is not None)
@@ -140,7 +194,6 @@ def finetune(
     objective = make_objective(model, scheduler, loss_fn)
     start = time.perf_counter()
     with ExitStack() as stack:
-        accelerator = stack.enter_context(_accelerating(accelerator, parameters[0].device))
         if accelerator.num_processes > 1:
             model.to(accelerator.device)
         autocast = _OF_ACCELERATE.get(accelerator.mixed_precision) if autocast is None else autocast
