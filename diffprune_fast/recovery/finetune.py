@@ -25,6 +25,7 @@ from ..objective.loss import LossFunction, make_objective
 from ..objective.randomness import own_randomness
 from ..objective.ranks import rank_and_count, together
 from .distillation import StepLoss, find_teacher
+from .guard import Guard, can_look_twice
 from .losses import step_loss_of
 from .position import Position
 from .progress import Progress
@@ -36,11 +37,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """losses: every step's loss, on its own batch. seconds: wall clock. resumed: steps that were there already."""
+    """losses: every step's loss, on its own batch. seconds: wall clock. resumed: steps that were there already.
+
+    before, after: the same loss on 128 samples of the loader, with the same noise, of the model as it came and as it
+    ended; None without the guard. helped: False where that isn't lower, and the weights are those of before.
+    """
 
     losses: tuple[float, ...]
     seconds: float
     resumed: int = 0
+    before: float | None = None
+    after: float | None = None
+    helped: bool = True
 
 
 # Adam's largest rate. Towards the noise: the authors'. Towards a teacher: a small DiT at half its MACs, compensated,
@@ -69,6 +77,7 @@ def finetune(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
     accelerator: Accelerator | None = None,
+    guard: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Finetuned:
@@ -110,6 +119,9 @@ def finetune(
         accelerator: one of your own: its trackers get every step's loss, gradient norm and rate
             (``Accelerator(log_with="tensorboard", project_dir=…)``), its mixed precision is used (float16 with loss
             scaling too); None makes one.
+        guard: the loss is looked at before and after, on samples of the loader, and where it isn't lower the model gets
+            back the weights that it had: a few steps make a compensated model worse. Not with a loader that can be
+            iterated only once.
         seed: of timesteps and noise.
         progress: False shows none: a bar in a terminal, else a line every tenth of the steps.
 
@@ -154,6 +166,7 @@ def finetune(
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             accelerator=found,
+            guard=guard,
             seed=seed,
             progress=progress,
         )
@@ -181,6 +194,7 @@ def _finetune(
     checkpoint: str | os.PathLike[str] | None,
     checkpoint_every: int,
     accelerator: Accelerator,
+    guard: bool,
     seed: int,
     progress: bool,
 ) -> Finetuned:
@@ -212,6 +226,15 @@ def _finetune(
             **{"teacher_share": teacher_share if teacher is not None else None, **asdict(settings)},
             "loss": loss if loss is None or isinstance(loss, str) else type(loss).__name__,
         }
+        look = None
+        if guard and can_look_twice(loader):
+            own = callable(loss) or loss_fn is not None
+            look = Guard(
+                *(model, as_loader(loader), lambda b: check_batch(unwrapped(model), b, loss_fn), objective),
+                *(minimised, autocast, seed),
+                differentiates=own,
+            )
+        before = None if look is None else look.loss()
         step_loss, prepared = accelerator.prepare(Step(model, minimised, autocast), optimizer)
         training = Training(
             model=model,
@@ -230,7 +253,11 @@ def _finetune(
         resumed = 0 if path is None else training.load(path, about)
         shown = progress and accelerator.is_main_process
         training.run(Progress("finetuning", steps, resumed, show=shown), path, checkpoint_every, about)
-    return Finetuned(tuple(training.losses), time.perf_counter() - start, resumed)
+        after = None if look is None else look.loss()
+        helped = before is None or after is None or after < before
+        if look is not None and not helped:
+            look.put_back()
+    return Finetuned(tuple(training.losses), time.perf_counter() - start, resumed, before, after, helped)
 
 
 # Ways of accelerate to spread one model's weights over processes: their state isn't saved and resumed here yet.

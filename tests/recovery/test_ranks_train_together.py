@@ -65,7 +65,7 @@ def _rank_main(rank: int, port: int, folder: str) -> None:
     }
 
     def run(loader: Data, **options: Any) -> None:
-        finetune(Denoiser(), loader, DDPMScheduler(), **{"steps": 6, "progress": False, **options})
+        finetune(Denoiser(), loader, DDPMScheduler(), **{"steps": 6, "guard": False, "progress": False, **options})
 
     calls = {
         "steps": lambda: run(Data(), steps=6 + rank),
