@@ -10,11 +10,22 @@ from typing import Any
 SECONDS = 30.0
 
 
-def bar(of: Iterable[Any] | None = None, *, desc: str, show: bool, total: int | None = None, unit: str = "step") -> Any:
-    """tqdm's bar, to iterate or as a context manager with ``update``; lines on stderr where nobody watches it move."""
+def bar(
+    of: Iterable[Any] | None = None,
+    *,
+    desc: str,
+    show: bool,
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "step",
+) -> Any:
+    """tqdm's bar, to iterate or as a context manager with ``update``; lines on stderr where nobody watches it move.
+
+    initial: so much was done before.
+    """
     from tqdm import auto
 
-    options: dict[str, Any] = {"desc": desc, "total": total, "unit": unit, "disable": not show}
+    options: dict[str, Any] = {"desc": desc, "total": total, "initial": initial, "unit": unit, "disable": not show}
     watched = sys.stderr.isatty() or auto.notebook_tqdm is not auto.std_tqdm
     return auto.tqdm(of, **options) if watched else _lines()(of, **options)
 
