@@ -15,8 +15,8 @@ from ..tracing.meta import device_of
 from .cache import Measured, default_folder
 from .clock import Clock, DeviceClock
 from .curves import Curve, Curves, measure_curve
-from .recording import Operation, record
-from .replay import Kind, kind_of, sized
+from .recording import record
+from .replay import kind_of, sized
 from .widths import Widths
 
 
@@ -33,7 +33,7 @@ class Times:
     """What a forward of the model takes on a device, in seconds, with any numbers of units kept.
 
     Call it with kept counts, ``(n_groups,)`` or ``(n, n_groups)``. device: in words. dense: seconds of the dense model,
-    as measured. fixed: seconds of it that follow no width: what surrounds operations, and those that work on no channel.
+    as measured. fixed: seconds of it that follow no width: what surrounds operations, and those on no channels.
     """
 
     kind = "latency"
