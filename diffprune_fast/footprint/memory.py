@@ -83,8 +83,10 @@ def count_memory(model: nn.Module, plan: Plan, example_inputs: ExampleInputs | N
 
 @torch.inference_mode()
 def peak_bytes(model: nn.Module, calls: Sequence[Call]) -> float:
-    """Parameters, buffers and the most that a real forward takes beside them: on CUDA what the allocator gave, elsewhere
-    the tensors that were alive at a time."""
+    """Parameters, buffers and the most that a real forward takes beside them.
+
+    On CUDA that is what the allocator gave, elsewhere the tensors that were alive at a time.
+    """
     held = {t.untyped_storage()._cdata: t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     device = next(iter(held.values())).device if held else torch.device("cpu")
     inputs = [(method, *real((args, kwargs), device)) for method, args, kwargs in calls]

@@ -94,7 +94,7 @@ def shape_of(t: Tensor, labels: Labels | None, numbers: WidthNumbers) -> Shape:
         if widths[dim] < 0:
             row = label_map.reshape(-1, label_map.shape[dim])[0] if dim == label_map.ndim - 1 else _row(label_map, dim)
             widths[dim] = numbers.number(np.ascontiguousarray(row, np.int32))
-    order = tuple(sorted(range(t.dim()), key=lambda d: -t.stride(d)))
+    order = tuple(sorted(range(t.dim()), key=t.stride, reverse=True))
     return Shape(tuple(t.shape), tuple(widths), order, str(t.dtype).removeprefix("torch."), t.element_size())
 
 
@@ -131,13 +131,13 @@ class _Recorder(Tracer):
         self._seen += 1
         if new:
             self._note_memory(new)
-        self._note_operation(func, *before, outs)
+        self._note_operation(func, outs, *before)
         return out
 
     def _shape(self, x: Any) -> Any:
         return shape_of(x, read_note(x).labels, self.numbers) if isinstance(x, Tensor) else x
 
-    def _note_operation(self, func: Any, args: Any, kwargs: Any, outs: Sequence[Tensor]) -> None:
+    def _note_operation(self, func: Any, outs: Sequence[Tensor], args: Any, kwargs: Any) -> None:
         shapes = shapes_in((args, kwargs))
         if not outs or not any(s.follows for s in shapes):
             self.others += 1

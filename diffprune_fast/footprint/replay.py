@@ -64,6 +64,7 @@ def kind_of(operation: Operation, whole: np.ndarray, round_to: int) -> tuple[Kin
     shapes = [*operation.shapes, operation.out]
     used = sorted({w for s in shapes for w in s.follows}, key=lambda w: (-whole[w], w))
     place = {w: i for i, w in enumerate(used)}
+    axes: tuple[tuple[int, ...], ...]
     if operation.name.startswith(_CONTRACTIONS) and len(used) <= 2:
         axes = tuple([(i,) for i in range(len(used))])
     elif operation.name.startswith(_ATTENTION):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -66,7 +67,21 @@ class Times:
         self.dense = dense
         return self
 
-    def __call__(self, counts: np.ndarray) -> np.ndarray:
+    def words(self, seconds: float) -> str:
+        return f"{seconds * 1e3:.4g} ms"
+
+    def limits(self) -> str:
+        """What keeps a forward from taking less, in words."""
+        return (
+            f"{self.words(self.fixed)} of {self.words(self.dense)} on {self.device} surround the operations and follow "
+            "no width (a larger batch in example_inputs, or torch.compile, makes less of them)"
+        )
+
+    def measured(self, models: Sequence[nn.Module]) -> list[float]:
+        """Seconds of a forward of each; their ratios are what counts."""
+        return self.clock.models(models, self.calls)
+
+    def __call__(self, counts: np.ndarray) -> Any:
         rows = np.atleast_2d(counts)
         found = self.fixed + self.factor * self._operations(rows)
         return found if counts.ndim > 1 else found[0]

@@ -126,8 +126,8 @@ def select(
         if any(given is not None for given in (ratio, params, macs, latency, memory, rounding)) or ratios or ignore:
             raise ValueError("counts say how many units every group keeps: leave out budgets, ratios and ignore")
         return _by_counts(plan, scores, counts, norm_groups, offsets)
-    shares = {"ratio": ratio, "params": params, "macs": macs, "latency": latency, "memory": memory, **budgets}
-    asked_for = parse_budgets(shares, budgets)
+    ours = {"ratio": ratio, "params": params, "macs": macs, "latency": latency, "memory": memory}
+    asked_for = parse_budgets({**ours, **budgets}, budgets)
     budget = asked_for[0]
     costs = costs_for(plan, [b.kind for b in asked_for if b.kind not in ("ratio", "params", "macs")], costs)
     ranking = ranking or ("local" if budget.kind == "ratio" else "global")
