@@ -58,9 +58,9 @@ class Point:
 class Sweep:
     """Loss against cost.
 
-    kind: ``"macs"``, ``"params"``, ``"latency"`` or ``"memory"``. before: what the dense model costs. dense: its loss, on the samples that the
-    points' losses are of. points: in the order in which they were asked. missing: budgets that can't be met, with the
-    reason. scores: with them :func:`select` gives the keep-sets of any further budget.
+    kind: ``"macs"``, ``"params"``, ``"latency"`` or ``"memory"``. before: what the dense model costs. dense: its
+    loss, on the samples that the points' losses are of. points: in the order in which they were asked. missing: budgets
+    that can't be met, with the reason. scores: with them :func:`select` gives the keep-sets of any further budget.
     """
 
     kind: str

@@ -130,7 +130,7 @@ def _inner(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     knots = [np.unique([1.0, *(xs[np.argmin(abs(xs - share))] for share in _INNER)]) for xs, _ in scans]
     edges = [np.interp(k, *scan) for k, scan in zip(knots, scans)]
-    whole = edges[0][-1]
+    whole = max(float(edges[0][-1]), 1e-30)
     found = np.outer(edges[0], edges[1]) / whole
     for i, a in enumerate(knots[0][:-1]):
         for j, b in enumerate(knots[1][:-1]):

@@ -129,7 +129,7 @@ class _Recorder(Tracer):
         if not (new or func._schema.is_mutable):
             return out
         self._seen += 1
-        if new:
+        if new and self.walk.stack:  # what is made before the model runs are its inputs
             self._note_memory(new)
         self._note_operation(func, outs, *before)
         return out
