@@ -15,9 +15,10 @@ from .footprint.memory import count_memory
 from .footprint.promise import Promise
 from .footprint.times import measure_times
 from .objective.ranks import of_first_rank, rank_and_count
+from .plan.lattice import Lattice
 from .plan.plan import Plan
 from .selection.budgets import Budget, parse_budgets
-from .selection.costs import Cost, words_of
+from .selection.costs import Cost, CostOfLevels, words_of
 from .selection.select import Selection
 from .slicing.prune import prune
 
@@ -129,16 +130,22 @@ class _Bent:
     def __call__(self, counts: np.ndarray) -> Any:
         return self.whole - (self.whole - self.cost(counts)) * self.factor
 
-    def changes(self, counts: np.ndarray, then: np.ndarray) -> np.ndarray:
-        changes = getattr(self.cost, "changes", None)
-        found = self.cost(then) - self.cost(counts) if changes is None else changes(counts, then)
-        return np.asarray(found) * self.factor
+    def in_levels(self, lattice: Lattice) -> Any:
+        return _BentLevels(CostOfLevels(self.cost, lattice), self.factor)
 
     def words(self, value: float) -> str:
         return words_of(self.cost, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cost, name)
+
+
+class _BentLevels:
+    def __init__(self, cost: CostOfLevels, factor: float) -> None:
+        self.cost, self.factor = cost, factor
+
+    def change(self, chosen: np.ndarray, cluster: np.ndarray, level: np.ndarray) -> np.ndarray:
+        return self.factor * self.cost.change(chosen, np.zeros(0), cluster, level - chosen[cluster])
 
 
 def _bent(plan: Plan, cost: Cost, counts: np.ndarray, measured: float | None) -> Cost:

@@ -11,11 +11,13 @@ import numpy as np
 from torch import nn
 
 from ..architectures.inputs import Call, ExampleInputs, calls_of
+from ..plan.lattice import Lattice
 from ..plan.plan import Plan
 from ..tracing.meta import device_of
 from .cache import Measured, default_folder
 from .clock import Clock, DeviceClock
 from .curves import Curve, Curves, measure_curve
+from .levels import TimesOfLevels
 from .recording import record
 from .replay import kind_of, sized
 from .widths import Widths
@@ -49,8 +51,6 @@ class Times:
         self._curve = np.array([t.curve for t in terms], np.int64)
         self._n = np.array([t.n for t in terms], float)
         self._axes = [_padded([t.axes[i] for t in terms]) for i in range(2)]
-        moves = np.concatenate([widths.per_group != 0, np.zeros((1, widths.per_group.shape[1]), bool)])
-        self._moves = np.logical_or.reduce([moves[axis].any(axis=1) for axis in self._axes])
         whole = widths.at(np.zeros(widths.per_group.shape[1]))
         self._whole = np.append(whole, 1.0)
 
@@ -86,13 +86,10 @@ class Times:
         found = self.fixed + self.factor * self._operations(rows)
         return found if counts.ndim > 1 else found[0]
 
-    def changes(self, counts: np.ndarray, then: np.ndarray) -> np.ndarray:
-        """``(n,)`` seconds more with ``then``, ``(n, n_groups)``, than with ``counts``, ``(n_groups,)``."""
-        moved = (then != counts).astype(np.float32) @ self._moves.T.astype(np.float32) > 0
-        row, term = np.nonzero(moved)
-        now = self._terms(self._shares(counts[None]), np.zeros(len(self.terms), np.int64), np.arange(len(self.terms)))
-        change = self._terms(self._shares(then), row, term) - now[term]
-        return np.bincount(row, weights=self.factor * change, minlength=len(then))
+    def in_levels(self, lattice: Lattice) -> TimesOfLevels:
+        """The same by kept levels, for the allocation."""
+        factor = self.factor * self._n
+        return TimesOfLevels(self.widths, lattice, self._axes, self._curve, factor, self.curves, self._whole)
 
     def _operations(self, rows: np.ndarray) -> np.ndarray:
         row, term = np.indices((len(rows), len(self.terms))).reshape(2, -1)

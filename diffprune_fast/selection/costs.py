@@ -20,7 +20,8 @@ class Cost(Protocol):
     """What a model costs with kept counts per group, ``(n_groups,)``; of ``(n, n_groups)``, ``(n,)`` of them.
 
     It may have ``words(value) -> str``, how a value is written; ``limits() -> str``, what keeps it from falling
-    further; ``changes(counts, then) -> (n,)``, how much more ``then``, ``(n, n_groups)``, costs than ``counts``.
+    further; ``in_levels(lattice)``, with a method ``change(chosen, cluster, level) -> (n,)``: how much more it costs
+    when, each alone, ``cluster[i]`` keeps ``level[i]`` levels in place of ``chosen``, ``(n_clusters,)``.
     """
 
     def __call__(self, counts: np.ndarray) -> Any: ...
@@ -49,6 +50,8 @@ class CostOfLevels:
         self.cost, self.lattice = cost, lattice
         n = len(lattice.levels)
         self.second = np.zeros((n, n))
+        made = getattr(cost, "in_levels", None)
+        self._quick: Any = None if made is None else made(lattice)
 
     def at(self, chosen: np.ndarray) -> float:
         return float(self.cost(self.lattice.counts(chosen)))
@@ -57,13 +60,12 @@ class CostOfLevels:
         return np.zeros(len(chosen))
 
     def change(self, chosen: np.ndarray, slope: np.ndarray, cluster: np.ndarray, step: np.ndarray) -> np.ndarray:
+        level = chosen[cluster] + step
+        if self._quick is not None:
+            return np.asarray(self._quick.change(chosen, cluster, level))
         then = np.repeat(chosen[None], len(cluster), axis=0)
-        then[np.arange(len(cluster)), cluster] += step
-        counts, others = self.lattice.counts(chosen), self.lattice.counts(then)
-        changes = getattr(self.cost, "changes", None)
-        if changes is not None:
-            return np.asarray(changes(counts, others))
-        return np.asarray(self.cost(others)) - float(self.cost(counts))
+        then[np.arange(len(cluster)), cluster] = level
+        return np.asarray(self.cost(self.lattice.counts(then))) - self.at(chosen)
 
 
 def words_of(cost: Cost, value: float) -> str:

@@ -17,6 +17,7 @@ from diffprune_fast.footprint.recording import Operation
 from diffprune_fast.plan.lattice import lattice
 from diffprune_fast.scoring.scores import Scores
 from diffprune_fast.selection.budgets import BudgetError
+from diffprune_fast.selection.costs import CostOfLevels
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,18 @@ def test_seconds_that_follow_the_macs_come_out_as_the_macs(plan: Plan) -> None:
     assert found.fixed == pytest.approx(2e-3)
 
 
-def test_changes_are_differences(plan: Plan) -> None:
+def test_changes_are_differences_also_after_a_step(plan: Plan) -> None:
     found = times(CalculatedClock(lambda operation: 1e-9 * macs_of(operation) ** 1.2), plan)
-    counts = random_counts(plan, 9)
-    np.testing.assert_allclose(found.changes(counts[0], counts), found(counts) - found(counts[0]), atol=1e-12)
+    of = lattice(plan, "count", 8)
+    in_levels, chosen = CostOfLevels(found, of), of.levels.copy()
+    cluster = np.repeat(np.arange(len(of.levels)), [len(c) for c in of.allowed])
+    level = np.concatenate(of.allowed)
+    for c in (0, 3, 5):
+        change = in_levels.change(chosen, np.zeros(0), cluster, level - chosen[cluster])
+        then = np.repeat(chosen[None], len(cluster), axis=0)
+        then[np.arange(len(cluster)), cluster] = level
+        np.testing.assert_allclose(change, found(of.counts(then)) - found(of.counts(chosen)), atol=1e-12)
+        chosen[c] = of.allowed[c][0]
 
 
 def test_steps_of_widths_are_seen() -> None:
