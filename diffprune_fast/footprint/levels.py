@@ -6,7 +6,7 @@ import numpy as np
 
 from ..plan.lattice import Lattice
 from .curves import Curves
-from .widths import Widths
+from .widths import Bytes, Widths
 
 
 def widths_per_level(widths: Widths, lattice: Lattice) -> np.ndarray:
@@ -71,3 +71,31 @@ class TimesOfLevels:
             for size, axis in zip(sizes, self._axes)
         )
         return np.asarray(self._factor[term] * self._curves.at(self._curve[term], x, y))
+
+
+class BytesOfLevels:
+    """Peak bytes by kept levels."""
+
+    def __init__(self, widths: Widths, lattice: Lattice, parameters: Bytes, made: Bytes, live: np.ndarray) -> None:
+        self._base, self._per_level = widths.base, widths_per_level(widths, lattice)
+        self._tables, self._live = (parameters, made), live
+        moved = self._per_level != 0
+        self._moves = [moved[table.index].any(axis=1) for table in self._tables]  # (n, n_clusters) each
+
+    def change(self, chosen: np.ndarray, cluster: np.ndarray, level: np.ndarray) -> np.ndarray:
+        """``(n,)`` bytes more when, each alone, ``cluster[i]`` keeps ``level[i]`` levels."""
+        sizes = np.maximum(np.rint(self._base + self._per_level @ chosen), 1.0)
+        now = [table.at(sizes) for table in self._tables]
+        live = self._live @ now[1]
+        found = np.zeros(len(cluster))
+        for c in np.unique(cluster).tolist():
+            mine = np.flatnonzero(cluster == c)
+            steps = np.outer(level[mine] - chosen[c], self._per_level[:, c])
+            then = np.maximum(np.rint(self._base + self._per_level @ chosen + steps), 1.0)
+            weights, made = (
+                table.factor[moves[:, c]] * then[:, table.index[moves[:, c]]].prod(axis=2) - before[moves[:, c]]
+                for table, moves, before in zip(self._tables, self._moves, now)
+            )
+            peaks = (live + made @ self._live[:, self._moves[1][:, c]].T).max(axis=1, initial=0.0)
+            found[mine] = weights.sum(axis=1) + peaks - live.max(initial=0.0)
+        return found

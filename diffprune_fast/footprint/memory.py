@@ -13,10 +13,12 @@ from torch import nn
 from ..architectures.inputs import Call, ExampleInputs, calls_of
 from ..compensation.live_bytes import live_bytes
 from ..objective.isolation import in_mode
+from ..plan.lattice import Lattice
 from ..plan.plan import Plan
 from .clock import real, run
+from .levels import BytesOfLevels
 from .recording import Recorded, record
-from .widths import table_of
+from .widths import Bytes
 
 
 class Memory:
@@ -31,21 +33,22 @@ class Memory:
 
     def __init__(self, found: Recorded, calls: Sequence[Call]) -> None:
         self.calls = calls
-        self._widths = found.widths
-        self._parameters, self._made = table_of(found.parameters), table_of(found.made)
-        live = [s for s in dict.fromkeys(found.live) if not any(s < other for other in found.live)]
-        self._live = np.zeros((len(live), len(found.made)))
-        for row, alive in zip(self._live, live):
+        self.widths = found.widths
+        self._parameters, self._made = Bytes(found.parameters), Bytes(found.made)
+        live = np.zeros((len(found.live), len(found.made)))
+        for row, alive in zip(live, found.live):
             row[list(alive)] = 1.0
+        self._live = _largest(self._made.added(live))
 
-    def __call__(self, counts: np.ndarray) -> np.ndarray:
-        rows = np.atleast_2d(counts)
-        sizes = self._widths.at(rows)
-        (factor, index), (made, of_made) = self._parameters, self._made
-        weights = (factor * sizes[:, index].prod(axis=2)).sum(axis=1)
-        activations = (made * sizes[:, of_made].prod(axis=2)) @ self._live.T
-        found = weights + activations.max(axis=1, initial=0.0)
+    def __call__(self, counts: np.ndarray) -> Any:
+        sizes = self.widths.at(np.atleast_2d(counts))
+        activations = self._made.at(sizes) @ self._live.T
+        found = self._parameters.at(sizes).sum(axis=1) + activations.max(axis=1, initial=0.0)
         return found if counts.ndim > 1 else found[0]
+
+    def in_levels(self, lattice: Lattice) -> BytesOfLevels:
+        """The same by kept levels, for the allocation."""
+        return BytesOfLevels(self.widths, lattice, self._parameters, self._made, self._live)
 
     def words(self, n: float) -> str:
         return f"{n / 1e6:.4g} MB"
@@ -53,6 +56,12 @@ class Memory:
     def measured(self, models: Sequence[nn.Module]) -> list[float]:
         """Peak bytes of a real forward of each."""
         return [peak_bytes(model, self.calls) for model in models]
+
+
+def _largest(live: np.ndarray) -> np.ndarray:
+    """The rows that may be the peak: none that another one is nowhere below."""
+    rows = np.unique(live, axis=0)
+    return rows[[not any((row <= other).all() and (row < other).any() for other in rows) for row in rows]]
 
 
 def count_memory(model: nn.Module, plan: Plan, example_inputs: ExampleInputs | None = None) -> Memory:

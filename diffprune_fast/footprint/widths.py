@@ -78,12 +78,28 @@ class Shape:
         return tuple([w for w in self.widths if w >= 0])
 
 
-def table_of(shapes: Sequence[Shape]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of tensors as products: ``(n,)`` factors and ``(n, most)`` numbers of widths."""
-    most = max((len(s.follows) for s in shapes), default=1)
-    index = np.full((len(shapes), max(most, 1)), ONE, np.int64)
-    factor = np.zeros(len(shapes))
-    for i, s in enumerate(shapes):
-        index[i, : len(s.follows)] = s.follows
-        factor[i] = s.itemsize * np.prod([n for n, w in zip(s.sizes, s.widths) if w < 0], dtype=float)
-    return factor, index
+class Bytes:
+    """Bytes of tensors, those of the same widths together.
+
+    index: ``(n, most)`` numbers of widths whose product they are; factor: ``(n,)`` bytes for each of that.
+    """
+
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        most = max((len(s.follows) for s in shapes), default=1) or 1
+        each = np.full((len(shapes), most), ONE, np.int64)
+        of_each = np.zeros(len(shapes))
+        for i, s in enumerate(shapes):
+            each[i, : len(s.follows)] = sorted(s.follows)
+            of_each[i] = s.itemsize * np.prod([n for n, w in zip(s.sizes, s.widths) if w < 0], dtype=float)
+        self.index, where = np.unique(each, axis=0, return_inverse=True)
+        self._sums = np.zeros((len(shapes), len(self.index)))
+        self._sums[np.arange(len(shapes)), where.reshape(-1)] = of_each
+        self.factor = self._sums.sum(axis=0)
+
+    def added(self, chosen: np.ndarray) -> np.ndarray:
+        """For rows of the shapes that are chosen, ``(m, n_shapes)``: which share of each of ours that is."""
+        return np.asarray(chosen @ self._sums) / np.maximum(self.factor, 1e-30)
+
+    def at(self, sizes: np.ndarray) -> np.ndarray:
+        """``(…, n)`` at these widths, ``(…, n_widths)``."""
+        return np.asarray(self.factor * sizes[..., self.index].prod(axis=-1))

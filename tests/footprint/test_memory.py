@@ -10,7 +10,9 @@ from torch import nn
 
 from diffprune_fast import prune, select, trace
 from diffprune_fast.footprint import count_memory
+from diffprune_fast.plan.lattice import lattice
 from diffprune_fast.scoring.scores import Scores
+from diffprune_fast.selection.costs import CostOfLevels
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -54,3 +56,16 @@ def test_a_budget_of_memory_is_met_together_with_another() -> None:
     assert 0.5 < share <= 0.6
     assert plan.macs(found.keep) <= 0.8 * plan.macs()
     assert "MB" in found.asked
+
+
+def test_what_a_step_saves_is_the_difference() -> None:
+    model = small_unet()
+    plan = trace(model)
+    memory, of = count_memory(model, plan), lattice(plan, "count", 8)
+    in_levels, chosen = CostOfLevels(memory, of), np.array([some[len(some) // 2] for some in of.allowed])
+    cluster = np.repeat(np.arange(len(of.levels)), [len(c) for c in of.allowed])
+    level = np.concatenate(of.allowed)
+    then = np.repeat(chosen[None], len(cluster), axis=0)
+    then[np.arange(len(cluster)), cluster] = level
+    change = in_levels.change(chosen, np.zeros(0), cluster, level - chosen[cluster])
+    np.testing.assert_allclose(change, memory(of.counts(then)) - memory(of.counts(chosen)), atol=1e-3)
