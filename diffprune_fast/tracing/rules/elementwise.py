@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constants import is_diagonal, varying_shape
+from ..constants import varying_shape
 from ..labels import LabelMap, Labels
 from ..notes import Statistic, note_on
 from ..scale_folding import targets_of_elementwise
@@ -64,6 +64,8 @@ def unary(op: Operation, x: Tensor) -> Any:
 def elementwise(op: Operation, x: Tensor) -> Any:
     walk, name = op.walk, op.name
     tensors = [a for a in (*op.args, *op.kwargs.values()) if isinstance(a, Tensor)]
+    if name == "where" and len(tensors) == 1:  # the ids of what is true
+        return op.run_unknown()
     first = tensors[0]
     plain = name in ("add", "sub", "mul", "div") and all(t.dtype == first.dtype for t in tensors)
     if plain and all(t.shape == first.shape for t in tensors) and any(t.is_meta for t in tensors):
@@ -166,13 +168,4 @@ def embedding(op: Operation, weight: Tensor, labels: Labels, out: Any) -> Any:
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "full", "scalar_tensor")
 def make_constant(op: Operation, like: Any) -> Any:
     """Of an operand only dtype and device count."""
-    return op.run()
-
-
-@rule("index_put_")
-def index_put(op: Operation, x: Tensor, values: Tensor) -> Any:
-    if not is_diagonal(x):
-        return op.run_unknown()
-    for label_map in op.walk.maps(values):
-        op.walk.graph.freeze(label_map, f"is a kernel position of {op.place}")
     return op.run()
