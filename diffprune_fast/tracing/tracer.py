@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..architectures.attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from ..architectures.position_tables import Table, table_of
-from . import computed_weights, constants, interface, scale_folding, spelled_norms, steps
+from . import computed_weights, constants, interface, scale_folding, spelled_norms, steps, values
 from .caches import nothing_left_outside
 from .channels import Channels
 from .errors import TraceError, explain_failure
@@ -82,6 +82,7 @@ class Tracer(TorchDispatchMode):
             note_on(out).content = content
         if statistic is not None:
             note_on(out).statistic = statistic
+        values.note_origin(func, args, kwargs, tensors, out, len(self.walk.steps))
         scale_folding.note_other_uses(self.walk, name, tensors, kwargs, out)
         steps.record_step(self.walk, func, args, kwargs, tensors, out)
         return out

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constants import is_diagonal, varying_shape
+from ..constants import varying_shape
 from ..labels import LabelMap, Labels
 from ..notes import Statistic, note_on
 from ..scale_folding import targets_of_elementwise
@@ -64,6 +64,8 @@ def unary(op: Operation, x: Tensor) -> Any:
 def elementwise(op: Operation, x: Tensor) -> Any:
     walk, name = op.walk, op.name
     tensors = [a for a in (*op.args, *op.kwargs.values()) if isinstance(a, Tensor)]
+    if name == "where" and len(tensors) == 1:  # the ids of what is true
+        return op.run_unknown()
     shape = _broadcast(op, tensors) if name in ("add", "sub", "mul", "div") else None
     out = op.run() if shape is None else empty_output(shape, tensors[0])
     ndim = out.dim()
@@ -174,13 +176,4 @@ def embedding(op: Operation, weight: Tensor, labels: Labels, out: Any) -> Any:
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "full", "scalar_tensor")
 def make_constant(op: Operation, like: Any) -> Any:
     """Of an operand only dtype and device count."""
-    return op.run()
-
-
-@rule("index_put_")
-def index_put(op: Operation, x: Tensor, values: Tensor) -> Any:
-    if not is_diagonal(x):
-        return op.run_unknown()
-    for label_map in op.walk.maps(values):
-        op.walk.graph.freeze(label_map, f"is a kernel position of {op.place}")
     return op.run()
