@@ -90,7 +90,7 @@ format: $(VENV)/.dev
 	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not sdxl"
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
