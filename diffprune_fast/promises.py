@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from .architectures.inputs import ExampleInputs
 from .footprint.memory import count_memory
 from .footprint.promise import Promise
-from .footprint.times import measure_times
+from .footprint.times import Times, measure_times
 from .objective.ranks import of_first_rank, rank_and_count
 from .plan.lattice import Lattice
 from .plan.plan import Plan
-from .selection.budgets import Budget, parse_budgets
+from .selection.budgets import Budget, BudgetError, parse_budgets
 from .selection.costs import Cost, CostOfLevels, words_of
-from .selection.select import Selection
+from .selection.select import Selection, select
 from .slicing.prune import prune
 
 # How far what is measured may be above and below what was asked, and how often it is selected anew.
@@ -28,7 +27,7 @@ ABOVE, BELOW, ROUNDS = 0.02, 0.04, 3
 MOST = 4.0
 
 Costs = Mapping[str, Cost]
-Select = Callable[[Costs], Selection]
+Choose = Callable[[Costs], Selection]
 
 
 def measurable(asked: Mapping[str, float | None]) -> tuple[Budget, ...]:
@@ -40,24 +39,41 @@ def measurable(asked: Mapping[str, float | None]) -> tuple[Budget, ...]:
 def costs_of(
     model: nn.Module,
     plan: Plan,
-    example_inputs: ExampleInputs | None,
     budgets: Sequence[Budget],
     given: Costs,
     round_to: int | None,
+    **slicing: Any,
 ) -> dict[str, Cost]:
     """What the budgets count: what is given, or what is measured now.
 
+    slicing: options of :func:`prune`, ``example_inputs`` among them.
+
     Raises ValueError for a time that several processes would each measure.
     """
-    costs = dict(given)
+    costs, inputs = dict(given), slicing.get("example_inputs")
     for kind in {budget.kind for budget in budgets} - set(given):
         if kind == "memory":
-            costs[kind] = count_memory(model, plan, example_inputs)
+            costs[kind] = count_memory(model, plan, inputs)
         elif rank_and_count()[1] > 1:
             raise ValueError("latency= is measured by one process: several would each find other widths. Prune in one")
         else:
-            costs[kind] = measure_times(model, plan, example_inputs, round_to=round_to)
+            times = measure_times(model, plan, inputs, round_to=round_to)
+            costs[kind] = _calibrated(times, model, plan, round_to, slicing)
     return costs
+
+
+def _calibrated(times: Times, model: nn.Module, plan: Plan, round_to: int | None, slicing: dict[str, Any]) -> Times:
+    """Times that agree with a copy of half the width: timed in turn with the dense model, their ratio is steadier on a
+    busy machine than what the dense model takes beside its operations, each timed at its own moment."""
+    values = np.random.default_rng(0).random(plan.n_units)
+    try:
+        norm_groups = slicing.get("norm_groups", "count")
+        keep = select(plan, values, ratio=0.5, round_to=round_to, norm_groups=norm_groups).keep
+    except BudgetError:
+        return times
+    thin = prune(model, plan, keep, inplace=False, **{**slicing, "proof": False}).model
+    before, after = times.measured([model, thin])
+    return times.through(plan.counts(keep), after / before)
 
 
 def keep_promises(
@@ -65,7 +81,7 @@ def keep_promises(
     plan: Plan,
     budgets: Sequence[Budget],
     costs: Costs,
-    select: Select,
+    choose: Choose,
     **slicing: Any,
 ) -> tuple[Selection, tuple[Promise, ...]]:
     """A selection whose model takes what was asked, as measured on a sliced copy.
@@ -77,7 +93,7 @@ def keep_promises(
     """
     bent, found = dict(costs), []
     for _ in range(ROUNDS):
-        selection = select(bent)
+        selection = choose(bent)
         trial = prune(dense, plan, selection.keep, inplace=False, **{**slicing, "proof": False}).model
         counts = plan.counts(selection.keep)
         promises = tuple([promise(plan, b, costs[b.kind], bent[b.kind], counts, (dense, trial)) for b in budgets])

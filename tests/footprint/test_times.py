@@ -68,7 +68,7 @@ def test_steps_of_widths_are_seen() -> None:
         return 1e-6 * sum(-(-n // 16) for n in operation.shapes[0].sizes)
 
     plan = trace(model, (torch.zeros(2, 8),))
-    found = measure_times(model, plan, (torch.zeros(2, 8),), cache=None, clock=CalculatedClock(in_blocks, model=1.0))
+    found = measure_times(model, plan, (torch.zeros(2, 8),), cache=None, clock=CalculatedClock(in_blocks, constant=1.0))
     at = {n: float(found(np.array([n]))) for n in (16, 24, 32, 40, 48, 64)}
     assert at[24] == pytest.approx(at[32])
     assert at[40] == pytest.approx(at[48])
@@ -84,7 +84,7 @@ def test_an_operation_that_cannot_be_called_narrower_shrinks_in_proportion() -> 
         return 1e-3 if operation.name.startswith("aten.silu") else 0.0
 
     plan = trace(model, inputs)
-    found = measure_times(model, plan, inputs, cache=None, clock=CalculatedClock(whole_only, model=1.0))
+    found = measure_times(model, plan, inputs, cache=None, clock=CalculatedClock(whole_only, constant=1.0))
     assert found(np.array([[64], [32], [16]])) == pytest.approx([1.0, 0.9995, 0.99925])
 
 
