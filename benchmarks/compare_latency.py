@@ -26,7 +26,7 @@ from diffprune_fast.rotation.rotate import rotate_heads
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "study"))
 from models import SUBJECTS, Loader, Subject
 
-SHARES = (0.7, 0.5, 0.35)
+SHARES = (0.7, 0.5)
 
 
 def example(subject: Subject, model: Any, batch: int) -> dict[str, Any]:
