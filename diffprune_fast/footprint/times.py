@@ -71,8 +71,8 @@ class Times:
         """The same, so that a model of these counts takes this share of the dense model's time, as measured."""
         full, thin = self._operations(np.stack([self._dense_counts, counts]))
         if thin < full and share < 1:
-            self.factor = min(self.dense * (1 - share) / (full - thin), self.dense / full)
-            self.fixed = self.dense - self.factor * full
+            self.factor = float(min(self.dense * (1 - share) / (full - thin), self.dense / full))
+            self.fixed = float(self.dense - self.factor * full)
         return self
 
     def words(self, seconds: float) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from diffprune_fast import Plan, select, trace
 from diffprune_fast.footprint import Times, measure_times
 from diffprune_fast.footprint.recording import Operation
+from diffprune_fast.footprint.replay import ready, tensor
 from diffprune_fast.plan.lattice import lattice
 from diffprune_fast.scoring.scores import Scores
 from diffprune_fast.selection.budgets import BudgetError
@@ -169,3 +170,21 @@ def test_measuring_leaves_model_and_randomness_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_what_is_called_has_the_models_dtype_and_memory_format() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.SiLU(), nn.Conv2d(16, 3, 3))
+    model = model.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    inputs, called = (torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16),), []
+
+    def note(operation: Operation) -> float:
+        called.extend(operation.shapes)
+        ready(operation, torch.device("cpu"))()
+        return 1e-3
+
+    measure_times(model, trace(model, inputs), inputs, cache=None, clock=CalculatedClock(note, constant=1.0))
+    assert {s.dtype for s in called} == {"bfloat16"}
+    made = [tensor(s, torch.device("cpu")) for s in called if len(s.sizes) == 4]
+    assert made
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in made)
+    assert {tuple(t.shape) for t in made} >= {(2, 16, 6, 6), (2, 8, 6, 6), (8, 3, 3, 3)}
