@@ -60,11 +60,19 @@ class Times:
         What it takes longer than its operations alone surrounds them and stays; where they alone took longer (the
         machine was busier) they all count less.
         """
-        self._whole = np.append(self.widths.at(whole), 1.0)
+        self._whole, self._dense_counts = np.append(self.widths.at(whole), 1.0), whole
         alone = float(self._operations(whole[None])[0])
         self.factor = min(1.0, dense / max(alone, 1e-30))
         self.fixed = max(0.0, dense - alone)
         self.dense = dense
+        return self
+
+    def through(self, counts: np.ndarray, share: float) -> Times:
+        """The same, so that a model of these counts takes this share of the dense model's time, as measured."""
+        full, thin = self._operations(np.stack([self._dense_counts, counts]))
+        if thin < full and share < 1:
+            self.factor = float(min(self.dense * (1 - share) / (full - thin), self.dense / full))
+            self.fixed = float(self.dense - self.factor * full)
         return self
 
     def words(self, seconds: float) -> str:
@@ -165,4 +173,4 @@ def measure_times(
         measured.save()
     calls = calls_of(model, example_inputs)
     times = Times(found.widths, [Term(*key, n) for key, n in terms.items()], curves, clock, calls)
-    return times.calibrated(plan.counts(), clock.models([model], calls)[0])
+    return times.calibrated(plan.counts(), clock.model(model, calls))
