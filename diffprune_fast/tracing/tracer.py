@@ -75,13 +75,15 @@ class Tracer(TorchDispatchMode):
     def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
         tensors = list(self.walk.tensors((args, kwargs)))
-        statistic = spelled_norms.statistic_of_output(self.walk, name, args, tensors) if self.walk.statistics else None
+        statistic = None
+        if self.walk.statistics:
+            statistic = spelled_norms.statistic_of_output(self.walk, name, args, kwargs, tensors)
         content = constants.content_of_output(func, args, tensors)
         out = self._run(func, args, kwargs, tensors)
         if content is not None:
             note_on(out).content = content
         if statistic is not None:
-            note_on(out).statistic = statistic
+            spelled_norms.settle(self.walk, statistic, out)
         scale_folding.note_other_uses(self.walk, name, tensors, kwargs, out)
         steps.record_step(self.walk, func, args, kwargs, tensors, out)
         return out

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..constants import is_diagonal, varying_shape
-from ..labels import LabelMap, Labels
-from ..notes import Statistic, note_on
+from ..labels import LabelMap, Labels, varying
+from ..notes import note_on, read_note
 from ..scale_folding import targets_of_elementwise
-from ..spelled_norms import power_after, power_of
+from ..spelled_norms import freeze_statistic, note_statistic, power_after
 from .registry import Operation, align, apply_rule, dims_of, each, empty_output, pad_shape, rule, rule_of_first
 
 _IDENTITY = (
@@ -94,6 +94,9 @@ _REDUCTIONS = """mean sum amax amin var std prod norm linalg_vector_norm logsume
     var_mean std_mean"""
 
 
+_STATISTICS = frozenset(("mean", "linalg_vector_norm", "var", "std", "var_mean", "std_mean"))
+
+
 @rule_of_first(*_REDUCTIONS.split())
 def reduction(
     op: Operation, x: Tensor, labels: Labels, out: Any, dim: Any = None, keepdim: bool = False, other: Any = None
@@ -102,12 +105,14 @@ def reduction(
         return elementwise(op, x)
     dims = dims_of(dim, x.dim())
     over = tuple([y for y in labels.maps if any(y.shape[d] > 1 for d in dims)])
-    if over and keepdim and op.name in ("mean", "linalg_vector_norm"):
-        note_on(out).statistic = Statistic(*power_of(labels), over, f"reduces over channels in {op.place}")
-        op.walk.statistics += 1
+    if over and keepdim and op.name in _STATISTICS:
+        note_statistic(op.walk, op.name, labels, over, out, op.place)
         kept = tuple([y for y in labels.maps if not any(y is z for z in over)])
     else:
         kept = op.walk.graph.reduce(labels.maps, dims, op.place, "reduces")
+    less_mean = read_note(x).statistic  # of channels less their mean only means over all of these are of a norm
+    if less_mean is not None and not (keepdim and all(set(varying(y)) <= set(dims) for y in less_mean.maps)):
+        freeze_statistic(op.walk, less_mean)
     for o in each(out):
         if o.dim() == x.dim() - (0 if keepdim else len(dims)):
             maps = kept if keepdim else tuple([y.squeeze(axis=tuple(dims)) for y in kept])
