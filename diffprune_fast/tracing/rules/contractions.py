@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..constants import is_zero
 from ..labels import LabelMap, LabelMaps, Labels, varying
 from ..scale_folding import targets_of_projection
 from .registry import Operation, align, empty_output, pad_shape, rule
@@ -50,7 +51,8 @@ def linear(op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None)
         return op.run()  # raises PyTorch's own error
     out = empty_output((*x.shape[:-1], weight.shape[0]), x)
     ndim = x.dim() + 1
-    sx, sw = (*x.shape[:-1], 1, x.shape[-1]), pad_shape(weight.shape, ndim)
+    n = 1 if is_zero(x) else x.shape[-1]  # zeros (an RNN's first state) leave any inputs out
+    sx, sw = (*x.shape[:-1], 1, n), pad_shape(weight.shape, ndim)
     left, summed = contract(op, insert_dim(walk.maps(x), -2), sx, align(walk.maps(weight), ndim), sw)
     left = join_vector(op, left, out.shape, bias, -1)
     walk.attribute(weight, "in_features", *[y for y in summed if varying(y) == (ndim - 1,)])
