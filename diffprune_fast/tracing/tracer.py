@@ -81,7 +81,7 @@ class Tracer(TorchDispatchMode):
         if not isinstance(func, OpOverload):
             if not flex_attention.is_flex_attention(func):
                 raise NotImplementedError(f"{func} has operations of its own, which can't be followed")
-            return flex_attention.follow_flex_attention(self.walk, self, self._follow, args)
+            return flex_attention.follow_flex_attention(self.walk, self, args)
         with torch._C.DisableTorchFunction():  # the forward's mode is not asked for every shape that a rule reads
             return self._follow(func, args, kwargs or {})
 
