@@ -117,8 +117,8 @@ def finetune(
 
     Raises:
         ValueError: an empty loader, a setting that can't train, a model without trainable parameters, a teacher that
-        doesn't fit, or a checkpoint of another training. FloatingPointError: a loss or gradient is not finite; it
-        doesn't reach the weights.
+            doesn't fit, or a checkpoint of another training.
+        FloatingPointError: a loss or gradient is not finite; it doesn't reach the weights.
 
     Example:
         >>> from diffusers import UNet2DModel

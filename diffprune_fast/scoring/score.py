@@ -109,7 +109,7 @@ def score(
 
     Raises:
         ValueError, TypeError: before anything is touched, for a bad argument, an empty loader, images of the wrong
-        channel count, NaN in images or weights, a missing conditioning input, or a plan of another model.
+            channel count, NaN in images or weights, a missing conditioning input, or a plan of another model.
         FloatingPointError: a loss or gradient isn't finite; the message names timestep or parameter.
 
     Example:
