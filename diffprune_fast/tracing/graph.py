@@ -45,7 +45,7 @@ class Graph:
     def clear(self) -> None:
         """As if nothing had been collected."""
         for found in (self.edges, self.frozen, self.constraints):
-            found.clear()  # type: ignore[attr-defined]
+            found.clear()
         self._row_of = np.zeros(self.n_channels, np.int32)
         self._n_rows = 0
 
