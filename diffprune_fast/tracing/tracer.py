@@ -93,6 +93,9 @@ class Tracer(TorchDispatchMode):
             statistic = spelled_norms.statistic_of_output(self.walk, name, args, kwargs, tensors)
         content = constants.content_of_output(func, args, tensors)
         out = self._run(func, args, kwargs, tensors)
+        if func._schema.is_mutable:
+            for t in tensors:
+                self.walk.written[t.untyped_storage()._cdata] = t.untyped_storage(), self.walk.labels(t)
         if content is not None:
             for t in self.walk.tensors(out):
                 note_on(t).content = content

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..constants import is_zero
 from ..labels import LabelMap, LabelMaps, Labels, varying
 from ..scale_folding import targets_of_projection
+from ..walk import Walk
 from .registry import Operation, align, empty_output, pad_shape, rule
 
 
@@ -42,6 +43,12 @@ def join_vector(op: Operation, maps: LabelMaps, shape: Sequence[int], vector: Te
     return op.walk.graph.join(maps, shape, mine, view, op.place)
 
 
+def all_zero(walk: Walk, *parameters: Tensor | None) -> bool:
+    """Whether all that there are of a layer's parameters are zero in the channels that go."""
+    found = [walk.labels(p) for p in parameters if p is not None]
+    return all(labels is not None and labels.zero for labels in found)
+
+
 @rule("linear")
 def linear(op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     walk = op.walk
@@ -57,7 +64,8 @@ def linear(op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None)
     left = join_vector(op, left, out.shape, bias, -1)
     walk.attribute(weight, "in_features", *[y for y in summed if varying(y) == (ndim - 1,)])
     walk.attribute(weight, "out_features", *[y for y in left if varying(y) == (out.dim() - 1,)])
-    walk.label(out, Labels(left, targets_of_projection(walk, weight, bias)))
+    zero = all(varying(y) == (out.dim() - 1,) for y in left) and all_zero(walk, weight, bias)
+    walk.label(out, Labels(left, targets_of_projection(walk, weight, bias), zero=zero))
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..constants import is_diagonal, varying_shape
-from ..labels import LabelMap, Labels, varying
+from ..labels import LabelMap, LabelMaps, Labels, varying
 from ..notes import note_on, read_note
 from ..scale_folding import targets_of_elementwise
 from ..spelled_norms import freeze_statistic, note_statistic, power_after
@@ -29,6 +29,14 @@ _UNARY = """abs acos asin atan bernoulli ceil celu clamp clamp_ clamp_max clamp_
     selu sigmoid sigmoid_ sign silu silu_ sin sinh softplus sqrt square tan tanh tanh_ threshold empty_like full_like
     rand_like randn_like bitwise_not isnan isinf isfinite nan_to_num_ exp_ neg_ sqrt_ square_ hardsigmoid_ mish_ fill_
     zero_"""
+
+
+# What they make of zero is zero.
+_OF_ZERO_NAMES = """abs asin atan ceil celu elu erf expm1 floor gelu hardswish leaky_relu log1p mish neg relu relu6 round
+    selu sign silu sin sinh sqrt square tan tanh"""
+
+
+_OF_ZERO = frozenset(_OF_ZERO_NAMES.split())
 
 
 _BINARY = """add add_ sub sub_ rsub mul mul_ div div_ true_divide pow pow_ where maximum minimum fmod remainder eq ne lt
@@ -56,7 +64,8 @@ def unary(op: Operation, x: Tensor) -> Any:
     power = power_after(op.walk, op.name, op.args)
     for o in each(out):
         if labels is not None and isinstance(o, Tensor) and o.shape == x.shape:
-            op.walk.label(o, Labels(labels.maps, labels.fold_targets if linear else None, power))
+            zero = labels.zero and op.name.rstrip("_") in _OF_ZERO
+            op.walk.label(o, Labels(labels.maps, labels.fold_targets if linear else None, power, zero=zero))
     return out
 
 
@@ -74,9 +83,23 @@ def elementwise(op: Operation, x: Tensor) -> Any:
     operands = [(align(walk.maps(t), ndim), pad_shape(varying_shape(t), ndim)) for t in tensors]
     maps = walk.graph.join_all(operands, ndim, op.place)
     found = Labels(maps, targets_of_elementwise(walk, name, op.args), power_after(walk, name, op.args))
+    found.zero = _gives_zero(op, maps, ndim)
     result = x if op.func._schema.is_mutable else out
     walk.label(result, found)
     return result
+
+
+def _gives_zero(op: Operation, maps: LabelMaps, ndim: int) -> bool:
+    """Whether an operation on two operands is zero in the channels that go."""
+    name, operands = op.name.rstrip("_"), [op.walk.labels(a) for a in op.args[:2]]
+    zero = [x is not None and x.zero for x in operands]
+    if name in ("div", "pow") and zero[0] and len(op.args) > 1 and isinstance(op.args[1], (int, float)):
+        return name == "div" or op.args[1] > 0
+    if name == "mul" and all(z or x is None for z, x in zip(zero, operands)):
+        return any(zero)
+    dims = {varying(x) for x in maps}
+    every = [z and x is not None and {varying(y) for y in align(x.maps, ndim)} == dims for z, x in zip(zero, operands)]
+    return any(every) if name == "mul" else name in ("add", "sub") and len(every) == 2 and all(every)
 
 
 @rule("glu")
@@ -108,6 +131,8 @@ def reduction(
     if over and keepdim and op.name in _STATISTICS:
         note_statistic(op.walk, op.name, labels, over, out, op.place)
         kept = tuple([y for y in labels.maps if not any(y is z for z in over)])
+    elif op.name == "sum" and op.walk.is_zero(x):  # what goes has added nothing
+        kept = tuple([y for y in labels.maps if not any(y is z for z in over)])
     else:
         kept = op.walk.graph.reduce(labels.maps, dims, op.place, "reduces")
     less_mean = read_note(x).statistic  # of channels less their mean only means over all of these are of a norm
@@ -116,7 +141,8 @@ def reduction(
     for o in each(out):
         if o.dim() == x.dim() - (0 if keepdim else len(dims)):
             maps = kept if keepdim else tuple([y.squeeze(axis=tuple(dims)) for y in kept])
-            op.walk.label(o, Labels(tuple([y for y in maps if y.size > 1])))
+            zero = labels.zero and op.name in ("sum", "mean")
+            op.walk.label(o, Labels(tuple([y for y in maps if y.size > 1]), zero=zero))
     return out
 
 
