@@ -32,8 +32,8 @@ _UNARY = """abs acos asin atan bernoulli ceil celu clamp clamp_ clamp_max clamp_
 
 
 # What they make of zero is zero.
-_OF_ZERO_NAMES = """abs asin atan ceil celu elu erf expm1 floor gelu hardswish leaky_relu log1p mish neg relu relu6 round
-    selu sign silu sin sinh sqrt square tan tanh"""
+_OF_ZERO_NAMES = """abs asin atan ceil celu elu erf expm1 floor gelu hardswish leaky_relu log1p mish neg relu relu6
+    round selu sign silu sin sinh sqrt square tan tanh"""
 
 
 _OF_ZERO = frozenset(_OF_ZERO_NAMES.split())
