@@ -38,7 +38,7 @@ class Walk:
         self.device = device_of(model)
         self.unreal: set[int] = set()  # storages of real tensors into which something without values was written
         self.writes: dict[int, int] = {}  # storages to the number of the step that wrote into them last
-        self.written: list[Any] = []  # these storages, held: no other one gets their address
+        self.unreal_held: list[Any] = []  # these storages, held: no other one gets their address
         self.costs: list[CostTerm] = []
         self.scales: list[ScaleTerm] = []
         self.other_uses: list[Labels] = []
@@ -90,7 +90,7 @@ class Walk:
         given = args, kwargs
         if func._schema.is_mutable:
             self.writes.update([(storage_of(t), len(self.steps)) for t in tensors])
-            self.written += [t.untyped_storage() for t in tensors]
+            self.unreal_held += [t.untyped_storage() for t in tensors]
         if any(self._has_no_values(t) for t in tensors):
             if func._schema.is_mutable:
                 self.unreal.update([storage_of(t) for t in tensors if not t.is_meta])
