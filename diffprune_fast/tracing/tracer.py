@@ -81,7 +81,7 @@ class Tracer(TorchDispatchMode):
             note_on(out).content = content
         if statistic is not None:
             note_on(out).statistic = statistic
-        values.note_origin(func, args, kwargs, tensors, out, len(self.walk.steps))
+        values.note_origin(func, args, kwargs, tensors, out, len(self.walk.steps), self.walk.writes)
         scale_folding.note_other_uses(self.walk, name, tensors, kwargs, out)
         steps.record_step(self.walk, func, args, kwargs, tensors, out)
         return out
