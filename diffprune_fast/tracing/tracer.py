@@ -110,7 +110,7 @@ class Tracer(TorchDispatchMode):
                 note_on(t).content = content
         if statistic is not None:
             spelled_norms.settle(self.walk, statistic, out)
-        values.note_origin(func, args, kwargs, tensors, out, len(self.walk.steps))
+        values.note_origin(func, args, kwargs, tensors, out, len(self.walk.steps), self.walk.writes)
         scale_folding.note_other_uses(self.walk, name, tensors, kwargs, out)
         steps.record_step(self.walk, func, args, kwargs, tensors, out)
         return out

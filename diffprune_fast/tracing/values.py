@@ -6,7 +6,8 @@ is remembered, and made again with the real inputs when a forward reads it. Noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +16,39 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from .notes import Origin, note_on, read_note
 
-Writes = Mapping[int, int]  # a storage to when something was written into it last
 
-
-def storage_of(t: Tensor) -> int:
+def _storage_of(t: Tensor) -> int:
     return t.untyped_storage()._cdata
+
+
+@dataclass
+class Writes:
+    """What a walk has written to.
+
+    last: a storage to the number of the step that wrote into it last. unreal: storages of real tensors into which
+    something without values was written. held: all of them, lest others get their address.
+    """
+
+    last: dict[int, int] = field(default_factory=dict)
+    unreal: set[int] = field(default_factory=set)
+    held: list[Any] = field(default_factory=list)
+
+    def note(self, func: Any, args: Sequence[Any], kwargs: Any, tensors: Sequence[Tensor], now: int) -> None:
+        """An operation on these tensors, which writes into some of them."""
+        written: list[Tensor] = []
+        for argument, value in zip(func._schema.arguments, [*args, *[None] * len(func._schema.arguments)]):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                tree_map_only(Tensor, written.append, kwargs.get(argument.name, value))
+        self.held += [t.untyped_storage() for t in written]
+        self.last.update([(_storage_of(t), now) for t in written])
+        if any(self.without_values(t) for t in tensors):
+            self.unreal.update([_storage_of(t) for t in written if not t.is_meta])
+
+    def without_values(self, t: Tensor) -> bool:
+        return t.is_meta or (bool(self.unreal) and _storage_of(t) in self.unreal)
+
+    def since(self, tensors: Iterable[Tensor], at: int) -> bool:
+        return any(self.last.get(_storage_of(t), -1) > at for t in tensors)
 
 
 def remember_input(on_meta: Tensor, given: Tensor) -> None:
@@ -28,23 +57,27 @@ def remember_input(on_meta: Tensor, given: Tensor) -> None:
         note_on(on_meta).origin = Origin(0, None, (), {}, given)
 
 
-def note_origin(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any, now: int) -> None:
+def note_origin(
+    func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any, now: int, writes: Writes
+) -> None:
     """Remember how a tensor without channels was made, if of known values and not by chance."""
     if not isinstance(out, Tensor) or not out.is_meta or func._schema.is_mutable:
         return
-    if torch.Tag.nondeterministic_seeded in func.tags or read_note(out).labels is not None:
+    by_chance = torch.Tag.nondeterministic_seeded in func.tags or "empty" in func.overloadpacket.__name__
+    if by_chance or read_note(out).labels is not None:
         return
-    if all(not t.is_meta or read_note(t).origin is not None for t in tensors):
+    if all(not writes.without_values(t) or read_note(t).origin is not None for t in tensors):
         note_on(out).origin = Origin(now, func, args, kwargs)
 
 
 def computed(func: Any, args: Any, kwargs: Any, writes: Writes) -> Any:
-    """The operation with real values in place of its operands; None where they aren't known."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        try:
-            return func(*_real(args, writes), **_real(kwargs, writes))
-        except Exception:
-            return None
+    """The operation with real values in place of its operands; None where they aren't known, or it writes."""
+    if func._schema.is_mutable:
+        return None
+    try:
+        return func(*_real(args, writes), **_real(kwargs, writes))
+    except Exception:
+        return None
 
 
 class _Unknown(Exception):
@@ -58,15 +91,15 @@ def _real(tree: Any, writes: Writes) -> Any:
 
 
 def _value(t: Tensor, writes: Writes) -> Tensor:
-    if not t.is_meta:
+    if not writes.without_values(t):
         return t
     origin = read_note(t).origin
-    if origin is None or writes.get(storage_of(t), -1) > origin.at:
+    if origin is None or writes.since([t], origin.at):
         raise _Unknown
     if origin.value is None:
         tensors: list[Tensor] = []
         tree_map_only(Tensor, tensors.append, (origin.args, origin.kwargs))
-        if any(writes.get(storage_of(x), -1) > origin.at for x in tensors):
+        if writes.since(tensors, origin.at):
             raise _Unknown
         origin.value = origin.func(*_real(origin.args, writes), **_real(origin.kwargs, writes))
     return origin.value
