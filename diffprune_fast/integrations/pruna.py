@@ -13,7 +13,7 @@ from ..checkpoint.loading import from_pretrained
 from ..checkpoint.manifest import PRUNED_WEIGHTS
 from ..choices import CriterionName, Layouts
 from ..method import score_and_prune
-from ..pipelines.components import find_component, is_pipeline, takes_captions
+from ..pipelines.components import AUTOENCODERS, DENOISERS, find_component, is_pipeline, takes_captions
 from ..pipelines.loading import pipeline_from_pretrained
 
 try:
@@ -22,7 +22,7 @@ try:
     from pruna.algorithms.base.pruna_base import PrunaAlgorithmBase
     from pruna.algorithms.base.registry import AlgorithmRegistry
     from pruna.algorithms.base.tags import AlgorithmTag
-    from pruna.config.hyperparameters import Boolean, Int, UnconstrainedHyperparameter
+    from pruna.config.hyperparameters import Boolean, Int
     from pruna.engine.load import LOAD_FUNCTIONS
     from pruna.engine.save import SAVE_FUNCTIONS, original_save_fn
     from pruna.engine.utils import load_json_config, move_to_device
@@ -36,6 +36,8 @@ except ImportError as error:
 __all__ = ["DiffPrune", "register"]
 
 NAME = "diffprune"
+# The component that is pruned where nothing else is said, whatever its name.
+DENOISER = "denoiser"
 
 
 def register() -> DiffPrune:
@@ -104,7 +106,12 @@ class DiffPrune(PrunaAlgorithmBase):
             Boolean("compensate", default=True, meta={"desc": "Solve the layers that lost inputs anew; needs data."}),
             Int("max_samples", 1, 1 << 20, 4096, meta={"desc": "Samples that scoring takes at most."}),
             Int("seed", 0, 1 << 30, 0, meta={"desc": "The same one keeps the same channels."}),
-            UnconstrainedHyperparameter("component", None, meta={"desc": "What of a pipeline is pruned."}),
+            CategoricalHyperparameter(
+                "component",
+                [DENOISER, *DENOISERS, *AUTOENCODERS],
+                default_value=DENOISER,
+                meta={"desc": "What of a pipeline is pruned."},
+            ),
         ]
 
     def model_check_fn(self, model: Any) -> bool:
@@ -117,7 +124,7 @@ class DiffPrune(PrunaAlgorithmBase):
             return False
 
     def _apply(self, model: Any, smash_config: Any) -> Any:
-        component = smash_config["component"]
+        component = None if smash_config["component"] == DENOISER else smash_config["component"]
         result = score_and_prune(
             model,
             batches_of(smash_config.train_dataloader(), model),

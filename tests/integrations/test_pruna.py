@@ -137,6 +137,15 @@ def test_pipelines_that_its_own_pruner_refuses(name: str, config: Any) -> None:
     assert denoiser.num_parameters() < before
 
 
+def test_another_component_of_a_pipeline(config: Any, tmp_path: Path) -> None:
+    pipe = made("stable_diffusion")
+    denoiser, vae = pipe.unet.num_parameters(), pipe.vae.num_parameters()
+    smash(pipe, config(component="vae")).save_pretrained(str(tmp_path))
+    loaded = PrunaModel.from_pretrained(str(tmp_path)).model
+    assert loaded.unet.num_parameters() == denoiser
+    assert loaded.vae.num_parameters() == pipe.vae.num_parameters() < vae
+
+
 def test_a_model_that_is_not_of_diffusers_is_refused(config: Any) -> None:
     with pytest.raises(ValueError, match="not compatible with diffprune"):
         smash(torch.nn.Linear(4, 4), config())
