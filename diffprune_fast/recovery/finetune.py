@@ -18,7 +18,7 @@ from torch import nn
 
 from ..choices import RecoveryLoss
 from ..objective.batches import as_loader
-from ..objective.checks import check_batch
+from ..objective.checks import check_batch, check_whole
 from ..objective.forms import as_batch
 from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, make_objective
@@ -374,6 +374,7 @@ def _door(model: nn.Module, loss_fn: LossFunction | None) -> Callable[[Any], Any
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    check_whole(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: there is nothing to finetune")

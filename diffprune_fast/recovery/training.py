@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..checkpoint.state import read_state, write_state
 from ..objective.batches import count, part
+from ..objective.image_range import check_range_by_loss
+from ..objective.isolation import unwrapped
 from ..objective.loss import Objective
 from ..objective.loss_run import precision
 from ..objective.nested import moved
@@ -122,6 +124,7 @@ class Training:
         batch = next(self.position)
         if not self._begun:
             compare_batch(batch)
+            check_range_by_loss(unwrapped(self.model), self.objective, batch)
             self._begun = True
         rank, ranks, n = self.accelerator.process_index, self.accelerator.num_processes, count(batch)
         if n < ranks:

@@ -18,6 +18,7 @@ from torch import nn
 from ..choices import Autocast, CriterionName, Estimator, VariantName
 from ..objective.batches import Batches
 from ..objective.checks import check_batch, check_weights
+from ..objective.image_range import check_range_by_loss
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun
@@ -150,6 +151,7 @@ def score(
         raise ValueError(f"criterion {criterion!r} needs images: give a loader (only magnitude and random need none)")
     with own_randomness(seed, loader), torch.inference_mode(False), torch.enable_grad():
         batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn), seed)
+        check_range_by_loss(model, objective, batches.first)
         about = settings_of(
             objective,
             plan=plan.hash,
