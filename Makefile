@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_FILES := pyproject.toml setup.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: help demo examples study test test-matrix sanitize lint format bench clean
+.PHONY: help demo examples study test test-matrix sanitize lint format docs bench clean
 
 help:
 	@echo "make demo     prune a real model, compare it, write demo/report.html (about 8 minutes)"
@@ -37,6 +37,7 @@ help:
 	@echo "make sanitize the C++ kernels, tested under ASan and UBSan"
 	@echo "make lint     ruff, mypy, clang-format: what a change has to pass"
 	@echo "make format   let ruff and clang-format rewrite the files"
+	@echo "make docs     the documentation site, into site/"
 	@echo "make bench    kernels against their references, timed on this machine"
 	@echo "make clean    remove the virtual environment and everything built"
 
@@ -58,6 +59,10 @@ $(VENV)/.study: $(VENV)/.demo
 $(VENV)/.dev: $(BUILD_FILES) $(VENV)/.torch
 	$(PIP) install --quiet --editable ".[demo,study,test,dev]"
 	@touch $@ $(VENV)/.demo $(VENV)/.study
+
+$(VENV)/.docs: $(BUILD_FILES) $(VENV)/.torch
+	$(PIP) install --quiet --editable ".[docs]"
+	@touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits/demo.py --out demo $(DEMO_ARGS)
@@ -89,9 +94,12 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
 
+docs: $(VENV)/.docs
+	$(BIN)/python docs/site/build.py site
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find diffprune_fast -name '*.so' -delete

@@ -104,7 +104,8 @@ def sweep(
         A point per budget; printing it shows a table, ``figure()`` draws it.
 
     Raises:
-        BudgetError: none of the budgets can be met. ValueError, TypeError: as :func:`score_and_prune`.
+        BudgetError: none of the budgets can be met.
+        ValueError, TypeError: as :func:`score_and_prune`.
 
     Example:
         >>> import torch

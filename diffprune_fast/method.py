@@ -112,8 +112,9 @@ def score_and_prune(
         The pruned model with its plan, its keep-sets and its figures.
 
     Raises:
-        TypeError: an option that doesn't exist. ValueError: a wrong value, a budget that can't be met, a loader that
-        doesn't fit the model. TraceError, SliceError: the model can't be followed or sliced.
+        TypeError: an option that doesn't exist.
+        ValueError: a wrong value, a budget that can't be met, a loader that doesn't fit the model.
+        TraceError, SliceError: the model can't be followed or sliced.
 
     Example:
         >>> import torch

@@ -16,7 +16,8 @@ def calls_of(model: nn.Module, example_inputs: ExampleInputs | None) -> list[Cal
     """The calls to trace: the user's inputs to ``forward``, or what the model's class is known to take.
 
     Raises:
-        ValueError: nothing was given and the class isn't known. TypeError: a list.
+        ValueError: nothing was given and the class isn't known.
+        TypeError: a list.
     """
     if isinstance(example_inputs, list):
         if not all(isinstance(call, tuple) and len(call) == 3 and isinstance(call[0], str) for call in example_inputs):

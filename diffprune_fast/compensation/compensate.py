@@ -110,8 +110,8 @@ def compensate(
         lower the sliced weights stay. After an error or an interrupt they stay too, bit for bit.
 
     Raises:
-        ValueError, TypeError: an argument, a loader or ``kept`` that doesn't fit. FloatingPointError: a loss that is
-        NaN or infinite before anything was solved.
+        ValueError, TypeError: an argument, a loader or ``kept`` that doesn't fit.
+        FloatingPointError: a loss that is NaN or infinite before anything was solved.
 
     Example:
         >>> import numpy as np, torch

@@ -60,7 +60,8 @@ def drop_blocks(
         The model without the blocks, and what it cost before and costs now.
 
     Raises:
-        DepthError: a name is no residual block of this model. SliceError: the optimizer isn't this model's.
+        DepthError: a name is no residual block of this model.
+        SliceError: the optimizer isn't this model's.
         TraceError: the model can't be followed.
 
     Example:

@@ -38,7 +38,8 @@ def find_blocks(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, An
         Blocks by their paths in the model, with their parameters and MACs.
 
     Raises:
-        ValueError: no example inputs are known for this class. TraceError: the forward can't be followed.
+        ValueError: no example inputs are known for this class.
+        TraceError: the forward can't be followed.
 
     Example:
         >>> class Residual(nn.Sequential):

@@ -94,7 +94,8 @@ def evaluate(
         Every figure with its mean, deviation and number of seeds.
 
     Raises:
-        ValueError: there is no seed, or what was given doesn't fit together. FloatingPointError: a figure isn't finite.
+        ValueError: there is no seed, or what was given doesn't fit together.
+        FloatingPointError: a figure isn't finite.
 
     Example:
         >>> from diffusers import UNet2DModel

@@ -48,7 +48,8 @@ def diffusion_loss(
         The mean over images and passes.
 
     Raises:
-        ValueError: there is no image or no pass. FloatingPointError: the loss is not finite.
+        ValueError: there is no image or no pass.
+        FloatingPointError: the loss is not finite.
 
     Example:
         >>> class Silent(nn.Conv2d):

@@ -90,8 +90,8 @@ def sample(
         ``(n, channels, height, width)`` in the noise's dtype, clamped to [-1, 1], or [-clamp, clamp].
 
     Raises:
-        ValueError: ``steps`` or ``batch_size`` is below 1, or a name isn't known. FloatingPointError: the images
-        are not finite.
+        ValueError: ``steps`` or ``batch_size`` is below 1, or a name isn't known.
+        FloatingPointError: the images are not finite.
 
     Example:
         >>> from diffusers import DDPMScheduler, UNet2DModel

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .channel_scores import CRITERIA, DTYPES, ScoreTable
-from .slice_channels import Slice, Step, set_data, sliced_shape
+from .slice_channels import Slice, Step, known_references, set_data, sliced_shape
 
 ABI = 4
 
@@ -170,18 +170,16 @@ def slice_steps(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> list[Step
     rows: list[dict[str, int]] = []
     data: list[Step] = []
     rest: list[Step] = []
-    gradients = {id(t.grad) for t in tensors if t.is_leaf and t.grad is not None}
+    references = known_references(tensors)
     for tensor, piece in zip(tensors, slices):
         shape = sliced_shape(tensor, piece)
         if piece.scale is None and shape == tuple(tensor.shape):
             continue
-        references = 2 if id(tensor) in gradients else 1
-        data += _former_memory_kept(tensor, references)
         row = _slice_row(tensor, piece, alive)
         if row is None:
             data += set_data(tensor, reference.slice_channels(tensor.detach(), piece))
             continue
-        if _owns_memory(tensor, references):
+        if _owns_memory(tensor, references[id(tensor)]):
             new, later = _front(tensor, shape)
             rest += later
         else:
@@ -217,13 +215,6 @@ def _owns_memory(tensor: Tensor, references: int) -> bool:
     if users(storage._cdata) > 2:  # the tensor, and ``storage`` here
         return False
     return tensor.requires_grad or tensor._use_count() <= references  # type: ignore[attr-defined]
-
-
-def _former_memory_kept(tensor: Tensor, references: int) -> list[Step]:
-    """Where somebody in C++ has the tensor itself, as a DLPack capsule does, its former memory lives as long as it."""
-    if tensor.requires_grad or tensor._use_count() <= references:  # type: ignore[attr-defined]
-        return []
-    return [partial(setattr, tensor, "_former_memory", tensor.untyped_storage())]
 
 
 def _front(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, list[Step]]:

@@ -49,7 +49,7 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice], *, backe
 
     Raises:
         ValueError, TypeError: unsorted, repeated, empty or out-of-range indices, views of a larger storage, tensors
-        that share memory.
+            that share memory.
         BackendError: the backend that was asked for can't serve.
 
     Example:
@@ -73,7 +73,7 @@ def slice_steps(
     """
     slices = _own_tables(slices)
     check(tensors, slices, names)
-    steps: list[Step] = []
+    steps: list[Step] = _former_memory_kept(tensors, slices)
     for device in dict.fromkeys(t.device for t in tensors):
         mine = [i for i, t in enumerate(tensors) if t.device == device]
         module = dispatch.choose_module("slice_channels", device, backend)
@@ -84,6 +84,28 @@ def slice_steps(
             steps += [partial(_to_the_end, module.slice_channels_, *some)]
             steps += [partial(_leave_old_graph, t) for t in some[0]]
     return steps
+
+
+def known_references(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """By id, how many references to each tensor there are in C++ that are accounted for: Python's, and that of the
+    parameter whose gradient it is. A DLPack capsule is another one."""
+    gradients = {id(t.grad) for t in tensors if t.is_leaf and t.grad is not None}
+    return {id(t): 2 if id(t) in gradients else 1 for t in tensors}
+
+
+def _former_memory_kept(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> list[Step]:
+    """Where somebody in C++ has a tensor itself, as a DLPack capsule does, its former memory lives as long as it.
+
+    (A graph refers to tensors that require a gradient, but those DLPack refuses.)
+    """
+    known = known_references(tensors)
+    return [
+        partial(setattr, t, "_former_memory", t.untyped_storage())
+        for t, piece in zip(tensors, slices)
+        if not t.requires_grad
+        and t._use_count() > known[id(t)]  # type: ignore[attr-defined]
+        and (piece.scale is not None or sliced_shape(t, piece) != tuple(t.shape))
+    ]
 
 
 def _to_the_end(run: Callable[..., None], tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:

@@ -63,8 +63,8 @@ def encoded(pipe: Any, loader: Any, component: str | None = None) -> Iterable[An
         An iterable of dicts by the names that the component's forward has; it can be walked as often as ``loader``.
 
     Raises:
-        ValueError: the component is neither denoiser nor autoencoder, or the pipeline can't be asked what its
-        denoiser takes.
+        ValueError: the component is neither denoiser nor autoencoder, or the pipeline can't be asked what its denoiser
+            takes.
 
     Example:
         >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel

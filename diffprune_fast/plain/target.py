@@ -49,8 +49,8 @@ def read_like(model: nn.Module, like: Any) -> dict[str, Any]:
             ``config.json`` or of its folder.
 
     Raises:
-        TypeError: a model without a config, or a ``like`` that is nothing of the above. ValueError: a config of another
-        class, keys that the class doesn't have, or nothing that changes.
+        TypeError: a model without a config, or a ``like`` that is nothing of the above.
+        ValueError: a config of another class, keys that the class doesn't have, or nothing that changes.
     """
     if not hasattr(model, "config") or not hasattr(type(model), "from_config"):
         raise TypeError(f"like= is a config of the model's class, and {type(model).__name__} is no model of diffusers")

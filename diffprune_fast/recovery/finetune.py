@@ -130,8 +130,8 @@ def finetune(
 
     Raises:
         ValueError: an empty loader, a setting that can't train, a model without trainable parameters, a teacher that
-        doesn't fit, or a checkpoint of another training. FloatingPointError: a loss or gradient is not finite; it
-        doesn't reach the weights.
+            doesn't fit, or a checkpoint of another training.
+        FloatingPointError: a loss or gradient is not finite; it doesn't reach the weights.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -144,6 +144,7 @@ def finetune(
     Source: the finetuning of Fang et al., 2023 (Adam, clip 1, EMA 0.9999), with a schedule for short runs; Hinton et
     al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
     """
+    check_whole(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _accelerating(accelerator, device) as found:
         return _finetune(
@@ -374,7 +375,6 @@ def _door(model: nn.Module, loss_fn: LossFunction | None) -> Callable[[Any], Any
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    check_whole(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: there is nothing to finetune")

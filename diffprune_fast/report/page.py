@@ -56,7 +56,8 @@ def write_report(
         ``path``.
 
     Raises:
-        ValueError: there is no row. OSError: from the disk.
+        ValueError: there is no row.
+        OSError: from the disk.
 
     Example:
         >>> import tempfile

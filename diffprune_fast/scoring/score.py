@@ -117,8 +117,8 @@ def score(
 
     Raises:
         ValueError, TypeError: before anything is touched, for a bad argument, an empty loader, images of the wrong
-        channel count, NaN in images or weights, a missing conditioning input, a plan of another model, or a checkpoint
-        of another scoring.
+            channel count, NaN in images or weights, a missing conditioning input, a plan of another model, or a
+            checkpoint of another scoring.
         FloatingPointError: a loss or gradient isn't finite; the message names timestep or parameter.
 
     Example:

@@ -89,8 +89,8 @@ def prune(
 
     Raises:
         SliceError: something doesn't fit. Everything is checked, and all memory is taken, before the first byte
-        changes; from there on it goes to the end. An interrupt that comes meanwhile is raised afterwards, with the
-        result as its attribute ``result``.
+            changes; from there on it goes to the end. An interrupt that comes meanwhile is raised afterwards, with the
+            result as its attribute ``result``.
 
     Example:
         >>> from diffprune_fast import trace

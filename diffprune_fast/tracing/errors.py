@@ -23,7 +23,7 @@ def where_in(module: str, error: BaseException) -> str:
     place = "/".join(
         path.parts[path.parts.index("site-packages") + 1 :] if "site-packages" in path.parts else path.parts[-2:]
     )
-    source = f": {frames[-1].line}" if frames[-1].line else ""
+    source = f": `{frames[-1].line}`" if frames[-1].line else ""
     return f"{inside} at {place}:{frames[-1].lineno}{source}"
 
 

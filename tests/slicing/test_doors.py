@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -187,12 +188,32 @@ def test_rows_of_more_than_two_to_the_31_elements(level: int) -> None:
     assert tensor.tolist() == [1, 2, 3, 4]
 
 
+ALIASES = {
+    "torch": torch.from_dlpack,
+    "numpy's dlpack": np.from_dlpack,
+    "numpy": lambda t: t.numpy(),
+    "view": lambda t: t.view(-1),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("alias_of", ALIASES.values(), ids=ALIASES)
 @pytest.mark.parametrize("size", [100, 1000])
-def test_an_alias_by_dlpack_or_numpy_keeps_its_values(size: int) -> None:
-    half = ops.Slice({0: torch.arange(1, size, 2)})
-    for alias_of in (torch.from_dlpack, np.from_dlpack, lambda t: t.numpy(), lambda t: t.view(-1)):
-        tensor = torch.arange(float(size * size)).view(size, size)
-        alias = alias_of(tensor)
-        ops.slice_channels_([tensor], [half])
-        assert tensor[0, 0] == size
-        assert np.array_equal(np.asarray(alias).reshape(-1), np.arange(size * size))
+def test_an_alias_by_dlpack_or_numpy_keeps_its_values(size: int, alias_of: Any, backend: str) -> None:
+    tensor = torch.arange(float(size * size)).view(size, size)
+    alias = alias_of(tensor)
+    ops.slice_channels_([tensor], [ops.Slice({0: torch.arange(1, size, 2)})], backend=backend)
+    assert tensor[0, 0] == size
+    assert np.array_equal(np.asarray(alias).reshape(-1), np.arange(size * size))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("alias_of", [*ALIASES.values(), None], ids=[*ALIASES, "nobody"])
+def test_former_memory_lives_as_long_as_somebody_sees_it(alias_of: Any, backend: str) -> None:
+    memory = np.zeros((10, 10))
+    freed = weakref.ref(memory)
+    tensor = torch.from_numpy(memory)
+    del memory
+    alias = alias_of(tensor) if alias_of else None
+    ops.slice_channels_([tensor], [ops.Slice({0: torch.arange(1, 10, 2)})], backend=backend)
+    assert (freed() is None) == (alias is None)

@@ -48,7 +48,6 @@ def _rank_main(rank: int, folder: str) -> None:
         "trace": lambda: dpf.trace(sharded, EXAMPLE),
         "score": lambda: dpf.score(sharded, _batches(), plan, **OPTIONS),
         "score_and_prune": lambda: dpf.score_and_prune(sharded, _batches(), example_inputs=EXAMPLE, **OPTIONS),
-        "prune": lambda: dpf.prune(sharded, plan, {g.name: list(range(8)) for g in plan.groups}),
         "compensate": lambda: compensate(sharded, Denoiser(), _batches(), kept={}, progress=False),
         "finetune": lambda: dpf.finetune(sharded, _batches(), steps=1, progress=False),
     }
@@ -79,7 +78,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("use", ["trace", "score", "score_and_prune", "prune", "compensate", "finetune"])
+@pytest.mark.parametrize("use", ["trace", "score", "score_and_prune", "compensate", "finetune"])
 def test_a_sharded_model_is_refused_with_what_to_do(found: Any, use: str) -> None:
     for said, *_ in found:
         assert "first.weight is" in said[use], said[use]
