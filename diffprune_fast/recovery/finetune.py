@@ -23,7 +23,7 @@ from ..objective.forms import as_batch
 from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.randomness import own_randomness
-from ..objective.ranks import rank_and_count, together
+from ..objective.ranks import meet, rank_and_count, together
 from .distillation import StepLoss, find_teacher
 from .guard import Guard, can_look_twice
 from .losses import step_loss_of
@@ -236,6 +236,7 @@ def _finetune(
                 differentiates=own,
             )
         before = None if look is None else look.loss()
+        meet()  # accelerate waits without looking for news
         step_loss, prepared = accelerator.prepare(Step(model, minimised, autocast), optimizer)
         training = Training(
             model=model,

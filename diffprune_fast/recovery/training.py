@@ -81,7 +81,6 @@ class Training:
     def __post_init__(self) -> None:
         draws = generator_for(self.settings.seed, DROPOUT, self.accelerator.process_index)
         self._begun = False
-        self._has_buffers = any(True for _ in self.model.buffers())
         self._dropout = Stream(int(torch.randint(2**31, (), generator=draws)))
 
     def run(self, progress: Progress, checkpoint: Path | None, every: int, about: Mapping[str, Any]) -> None:
@@ -134,8 +133,7 @@ class Training:
         t = stratified(np.arange(self.objective.n_timesteps), n, generator_for(seed, TIMESTEPS, k))[rows].to(device)
         noise = self.objective.noise(batch, generator_for(seed, NOISE, k))[rows].to(device)
         mine = moved(part(batch, rows.start, rows.stop) if ranks > 1 else batch, device)
-        if ranks > 1 and self._has_buffers:
-            reduced(torch.zeros((), device=device))  # the forward exchanges them
+        reduced(torch.zeros((), device=device))  # the forward may exchange buffers, where nobody looks for news
         with self._dropout:
             value = self.step_loss(mine, t, noise)
         return value, (rows.stop - rows.start) / n
