@@ -82,6 +82,14 @@ def prune(
     ratio: Annotated[Optional[float], typer.Option(help="Share of units to remove. Default: 0.3.")] = None,  # noqa: UP045
     params: Annotated[Optional[float], typer.Option(help="Parameters to keep: a share or a number.")] = None,  # noqa: UP045
     macs: Annotated[Optional[float], typer.Option(help="MACs to keep: a share or a number.")] = None,  # noqa: UP045
+    latency: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Share of a forward's time to keep, measured on the device, for one sample."),
+    ] = None,
+    memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Peak memory of a forward of one sample to keep: a share or bytes."),
+    ] = None,
     like: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="In place of a budget, a smaller config: '{\"block_out_channels\": [96, 192]}' or a file."),
@@ -136,8 +144,10 @@ def prune(
 
         ran = Ran(context)
         check_out(out, model_dir, force, unfinished=STATE)
-        budget = {"ratio": ratio, "params": params, "macs": macs}
+        budget = {"ratio": ratio, "params": params, "macs": macs, "latency": latency, "memory": memory}
         parse_budgets(budget)
+        if dry_run and (latency is not None or memory is not None):
+            raise ValueError("--dry-run: time and memory are measured on the model itself, leave it out")
         if dry_run and like is not None:
             raise ValueError("--dry-run: with --like the sizes are those of the config")
         if dry_run:
@@ -152,6 +162,8 @@ def prune(
             ratio=ratio,
             params=params,
             macs=macs,
+            latency=latency,
+            memory=memory,
             like=_like(like),
             layout=layout,
             ranking=ranking,

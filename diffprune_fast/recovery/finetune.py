@@ -16,8 +16,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ..architectures.inputs import knows_inputs
 from ..choices import RecoveryLoss
 from ..objective.batches import as_loader
+from ..objective.calls import first_call
 from ..objective.checks import check_batch, check_whole
 from ..objective.forms import as_batch
 from ..objective.isolation import in_mode, unwrapped
@@ -214,7 +216,10 @@ def _finetune(
         autocast = _OF_ACCELERATE.get(accelerator.mixed_precision) if autocast is None else autocast
         if teacher is not None:
             teacher = stack.enter_context(in_mode(find_teacher(teacher, model), training=False))
-        minimised = step_loss_of(loss, model, teacher, objective, teacher_share, autocast)
+        example = None
+        if loss == "features" and teacher is not None and not knows_inputs(teacher):
+            example, loader = first_call(teacher, as_loader(loader), scheduler=scheduler, loss_fn=loss_fn, seed=seed)
+        minimised = step_loss_of(loss, model, teacher, objective, teacher_share, autocast, example)
         stack.enter_context(in_mode(model, training=teacher is None))
         if gradient_checkpointing:
             stack.enter_context(_checkpointing(model))

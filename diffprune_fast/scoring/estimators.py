@@ -17,6 +17,7 @@ from ..objective.randomness import DRAWN_BY_LOSS
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import BoundScores
 from ..plan.plan import Plan
+from ..progress import bar
 from .scores import keep_set_agreement
 from .state import State
 from .tables import UnitTable
@@ -179,8 +180,6 @@ def until_agreed(
 
     state: goes on from there; the sums of "mean", gradients of the whole model, are not kept half-way.
     """
-    from tqdm.auto import tqdm
-
     most = max(1, -(-max_samples // micro_batch))
     least = min(most, max(MIN_BATCHES, -(-min_samples // micro_batch)))
     rank, ranks = rank_and_count() if split_ranks else (0, 1)
@@ -193,15 +192,15 @@ def until_agreed(
             return before["values"].numpy(), samples, found
         if isinstance(collector, MicroScores):
             collector.restore(before["halves"])
-    hidden = not work.progress or rank > 0
-    with tqdm(total=most * micro_batch, initial=samples, desc="scoring", unit="sample", disable=hidden) as bar:
+    show = work.progress and rank == 0
+    with bar(desc="scoring", show=show, initial=samples, total=most * micro_batch, unit="sample") as shown:
         while done < most and not enough:
             k, done = done, done + 1
             batch, t, noise = work.draw(k, micro_batch, allowed)
             if k % ranks == rank:
                 collector.add(k, partial(work.mean_loss, batch, t, noise, (DRAWN_BY_LOSS, 0, k)))
             samples += count(batch)
-            bar.update(count(batch))
+            shown.update(count(batch))
             if done % CHECK_EVERY and done != most:
                 continue
             work.check_losses()
@@ -209,13 +208,13 @@ def until_agreed(
                 halves = collector.halves()
                 a, b = halves.double().cpu().numpy()
                 found = keep_set_agreement(work.plan, a, b, agreement_ratio)
-                bar.set_postfix(agreement=f"{found:.3f}")
+                shown.set_postfix(agreement=f"{found:.3f}")
                 good = good + 1 if found >= agreement else 0
             enough = done >= least and good >= 2
             known: dict[str, Any] = {"samples": samples, "good": good, "found": found, "done": done, "enough": enough}
             if done > 1 and isinstance(collector, MicroScores):
                 state.note("scores", **known, halves=halves)
-        bar.total = bar.n
+        shown.total = shown.n
         total = collector.total().double().cpu().numpy() / done
     state.note("scores", now=True, **known, values=torch.from_numpy(total))
     return total, samples, found

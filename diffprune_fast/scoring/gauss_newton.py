@@ -22,6 +22,7 @@ from ..objective.outputs import outputs_seen
 from ..objective.randomness import DRAWN_BY_LOSS, generator_for
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..plan.plan import Member, Plan
+from ..progress import bar
 from .estimators import BUCKET_BYTES, GradientHooks, Work, add_scores
 from .state import State
 from .tables import UnitTable, unit_table
@@ -49,20 +50,27 @@ def consumer_members(plan: Plan, model: nn.Module) -> dict[str, list[Member]]:
     reads through weights (queries and keys meet each other) has the rows of one layer that makes it, with their bias:
     ``q * dL/dq`` summed over a sample is ``k * dL/dk``, so one side says it all.
     """
-    modules = dict(model.named_modules())
+    modules, by_norm = dict(model.named_modules()), {f.direction: f.gain for f in plan.norm_fixes}
     members = {}
     for group in plan.groups:
         there = [m for m in group.members if m.parameter not in plan.buffers]
-        dims = [_read_dim(modules, m.parameter) for m in there]
+        dims = [_read_dim(modules, m.parameter, m.parameter in by_norm) for m in there]
         read = [m for m, dim in zip(there, dims) if m.dim == dim]
         makers = [m for m, dim in zip(there, dims) if dim is not None and m.dim == 1 - dim]
+        gains = [m for m in there if m.parameter in by_norm.values()]  # a direction's rows have no gradient along them
+        makers = [m for m in makers if m.parameter not in by_norm] or gains
         members[group.name] = read or _one_side(makers or there[:1], there)
     return members
 
 
-def _read_dim(modules: Mapping[str, nn.Module], parameter: str) -> int | None:
-    """The dim of a convolution's or linear layer's weight that meets its input; None for every other parameter."""
+def _read_dim(modules: Mapping[str, nn.Module], parameter: str, by_norm: bool) -> int | None:
+    """The dim of a convolution's or linear layer's weight that meets its input; None for every other parameter.
+
+    by_norm: the parameter is the direction of such a weight (weight_norm).
+    """
     owner, _, leaf = parameter.rpartition(".")
+    if by_norm:
+        owner, leaf = owner.removesuffix(".parametrizations.weight"), "weight"
     module = modules.get(owner)
     if isinstance(module, nn.MultiheadAttention):
         return 1 if leaf.endswith("proj_weight") else None
@@ -208,8 +216,6 @@ def estimated_damage(
     allowed: the timesteps that are drawn. micro_batch, samples: at most so many in a draw, and of all ranks. state:
     goes on from there.
     """
-    from tqdm.auto import tqdm
-
     for p in work.parameters.values():
         p.grad = None
     damage, size = Damage(work), min(micro_batch, SAMPLES_OF_A_DRAW)
@@ -222,8 +228,8 @@ def estimated_damage(
         seen, done = before["samples"], before["done"]
         damage.restore(before["sum"])
         work.batches.pass_over([size] * done)
-    hidden = not work.progress or rank > 0
-    for k in tqdm(range(done, most), initial=done, total=most, desc="damage", unit="draw", disable=hidden):
+    shown = work.progress and rank == 0
+    for k in bar(range(done, most), desc="damage", show=shown, initial=done, total=most, unit="draw"):
         batch, t, noise = work.draw(k, size, allowed)
         if k % ranks == rank:
             damage.add(k, partial(work.mean_loss, batch, t, noise, (DRAWN_BY_LOSS, 1, k)))
