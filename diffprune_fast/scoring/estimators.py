@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..objective.batches import count
 from ..objective.loss_run import LossRun
+from ..objective.randomness import DRAWN_BY_LOSS
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import BoundScores
 from ..plan.plan import Plan
@@ -33,9 +34,6 @@ CHECK_EVERY = 8
 
 
 MIN_BATCHES = 16
-
-# The place in the seed's tree that a loss's own random numbers come from; the others are in objective.randomness.
-DRAWN_BY_LOSS = 5
 
 
 @dataclass(kw_only=True)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from ..architectures.layers import CONVOLUTIONS, TRANSPOSED
 from ..objective.batches import count
 from ..objective.outputs import outputs_seen
-from ..objective.randomness import generator_for
+from ..objective.randomness import DRAWN_BY_LOSS, generator_for
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..plan.plan import Member, Plan
 from ..progress import bar
-from .estimators import BUCKET_BYTES, DRAWN_BY_LOSS, GradientHooks, Work, add_scores
+from .estimators import BUCKET_BYTES, GradientHooks, Work, add_scores
 from .state import State
 from .tables import UnitTable, unit_table
 
