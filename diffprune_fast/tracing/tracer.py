@@ -73,7 +73,7 @@ class Tracer(TorchDispatchMode):
                     out = f(*inputs_on_meta(args), **inputs_on_meta(kwargs))
                 walk.stack.clear()
                 interface.hand_out(walk, out, "is an output of the model")
-            interface.note_attributes(model, walk)
+            interface.note_attributes(walk)
         scale_folding.freeze_unfoldable_heads(walk)
         computed_weights.freeze_gains_read_elsewhere(walk)
 

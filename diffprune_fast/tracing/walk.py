@@ -47,8 +47,8 @@ class Walk:
         self.scale_attributes: dict[tuple[str, str], LabelMap] = {}
         self.attended: list[Attended] = []
         self.steps: list[Step] = []
-        self.modules = {id(m): n for n, m in model.named_modules()}
         self.by_name = dict(model.named_modules())
+        self.modules = {id(m): n for n, m in self.by_name.items()}
         self.stack: list[str] = []
         self.notes: list[str] = []  # what the user should know of this model
         self.failed: tuple[str, tuple[Any, ...]] | None = None  # an operation's place and arguments
