@@ -34,7 +34,7 @@ def structural(provider: str, model: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("provider", ["torch_pruning", "diffprune_fast"])
+@pytest.mark.parametrize("provider", ["torch_pruning", "diffprune_fast", "proved"])
 @pytest.mark.parametrize(("model", "rounds"), [("cifar", 3), ("sd15", 1)])
 def test_structural_part(benchmark, record_stages, model: str, rounds: int, provider: str) -> None:
     results: list[dict[str, Any]] = []

@@ -36,6 +36,9 @@ from .app import (
 )
 from .loading import device_of, image_loader, load, scheduler_of
 
+# The scoring's state in --out while it isn't finished.
+STATE = "scoring.pt"
+
 if TYPE_CHECKING:
     from ..plan.plan import Plan
     from ..result import PruneResult
@@ -68,7 +71,7 @@ def trace(
 def prune(
     context: typer.Context,
     model_dir: ModelDir,
-    out: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned model; an interrupted scoring there goes on.")],
     images: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -140,7 +143,7 @@ def prune(
         from ..selection.budgets import parse_budgets
 
         ran = Ran(context)
-        check_out(out, model_dir, force)
+        check_out(out, model_dir, force, unfinished=STATE)
         budget = {"ratio": ratio, "params": params, "macs": macs, "latency": latency, "memory": memory}
         parse_budgets(budget)
         if dry_run and (latency is not None or memory is not None):
@@ -180,12 +183,14 @@ def prune(
             min_samples=min(512, max_samples),
             max_samples=max_samples,
             seed=seed,
+            checkpoint=out / STATE,
             progress=not asked.quiet,
         )
         result.save_pretrained(out)
         if trained_with is not None and result.pipeline is None:
             trained_with.save_pretrained(out)
         ran.write(out, seed=seed)
+        (out / STATE).unlink(missing_ok=True)
         say(str(result))
         say(f"saved:  {out} (load it with {_way_toload(result, out)}({str(out)!r}))")
 

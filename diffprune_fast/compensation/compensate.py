@@ -16,6 +16,7 @@ from ..objective.checks import check_weights
 from ..objective.isolation import unwrapped
 from ..objective.loss import LossFunction
 from ..objective.ranks import together
+from ..progress import bar
 from ..scoring.checks import AUTOCAST
 from .calibration import Calibration, asleep, called, drawn
 from .consumers import Consumer, Kept, consumers, norms
@@ -170,8 +171,6 @@ def _compensated(
     progress: bool,
 ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor | None]]]:
     """What is to be told, and the new weights of every layer; both models are as before."""
-    from tqdm.auto import tqdm
-
     with asleep(dense), asleep(pruned):
         works, forward, live = measured(dense, pruned, layers, data)
         device = next(pruned.parameters()).device
@@ -183,8 +182,8 @@ def _compensated(
         seen = [layer for layer in layers if layer.name in plan.forms]
         mixed = frozenset(n for n, form in plan.forms.items() if form == "channels")
         targets = record(dense, seen, data, rows=plan.rows, of_inputs=mixed, seed=seed, half=plan.half)
-        with tqdm(total=len(seen), desc="compensating", unit="layer", disable=not progress) as bar:
-            solver = Solver(pruned, dense, targets, plan.forms, ridge, bar.update)
+        with bar(desc="compensating", show=progress, total=len(seen), unit="layer") as shown:
+            solver = Solver(pruned, dense, targets, plan.forms, ridge, shown.update)
             solver.run(layers, data)
         after = data.loss(pruned) if solver.solved else before["sliced"]
     told = {

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ..choices import BlockMethod, check_choice
@@ -21,6 +20,7 @@ from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun
 from ..objective.randomness import own_randomness
 from ..plan.blocks import Block, Returns
+from ..progress import bar
 from ..scoring.checks import AUTOCAST, check_timesteps
 from ..scoring.estimators import CHECK_EVERY
 from ..scoring.score import counted_timesteps
@@ -120,18 +120,16 @@ def _walked_through(
     work: LossRun, measure: Any, allowed: np.ndarray, samples: int, micro_batch: int
 ) -> tuple[np.ndarray, int]:
     """``(n micro-batches, n_blocks)`` costs, and the samples used."""
-    from tqdm.auto import tqdm
-
     rows: list[Tensor] = []
     taken = 0
-    with measure, tqdm(total=samples, desc="scoring blocks", unit="sample", disable=not work.progress) as bar:
+    with measure, bar(desc="scoring blocks", show=work.progress, total=samples, unit="sample") as shown:
         while taken < samples:
             batch, t, noise = work.draw(len(rows), min(micro_batch, samples - taken), allowed)
             rows.append(measure.of(batch, t, noise))
             taken += count(batch)
             if len(rows) % CHECK_EVERY == 0 or taken >= samples:
                 work.check_losses()
-            bar.update(count(batch))
+            shown.update(count(batch))
     return torch.stack(rows).double().cpu().numpy(), taken
 
 
@@ -195,5 +193,7 @@ class _Loss(ExitStack):
 def _agreement(rows: np.ndarray) -> float | None:
     if rows.shape[0] < 2 or rows.shape[1] < 3:
         return None
+    from scipy.stats import rankdata  # 0.3 s, which who drops no blocks is spared
+
     ranks = [rankdata(rows[half::2].mean(0)) for half in (0, 1)]
     return float(np.corrcoef(ranks)[0, 1]) if all(r.std() > 0 for r in ranks) else None

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
-from tqdm import tqdm
 
 from ..objective.checks import in_channels
 from ..objective.conditioning import config_of, is_autoencoder, read_batch, wants_labels
 from ..objective.loss import DEFAULT_TIMESTEPS, dtype_of, make_objective
 from ..objective.randomness import generator_for
+from ..progress import bar
 from .sampling import sample
 
 # The place of these samples in the seed's tree.
@@ -56,7 +55,7 @@ class MadeBatches(ABC):
 
     def make_all(self) -> None:
         """Make every batch now, for instance before the model is pruned."""
-        for _ in tqdm(self, "sampling", disable=not self._progress):
+        for _ in bar(self, desc="sampling", show=self._progress, unit="batch"):
             pass
 
     @abstractmethod
@@ -75,7 +74,7 @@ class MadeBatches(ABC):
                     "make_all() before, or give a loader"
                 )
             if self._progress and not self._made:
-                tqdm.write(f"sampling {self.n} images takes about {self.estimate():.0f} s", file=sys.stderr)
+                print(f"sampling {self.n} images takes about {self.estimate():.0f} s", file=sys.stderr)
             self._made[index] = self._make(index, min(self.batch, self.n - index * self.batch), self.steps)
         return self._given(self._made[index])
 
@@ -120,6 +119,8 @@ class OwnSamples(MadeBatches):
         if is_autoencoder(model):
             raise ValueError(f"{type(model).__name__} is an autoencoder, it makes no images of noise: give a loader")
         make_objective(model, scheduler)  # raises where it isn't known what the model predicts
+        from diffusers import DDPMScheduler
+
         self._scheduler = scheduler or DDPMScheduler(num_train_timesteps=DEFAULT_TIMESTEPS)
         self._shape = shape or _image_shape(model)
         self._classes = n_classes(model)

@@ -6,9 +6,7 @@ import copy
 import difflib
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from ..choices import Spacing, check_choice
@@ -33,6 +31,8 @@ def sampler(scheduler: Any, steps: int, solver: str | None = None, spacing: Spac
         if solver not in (None, "DDIM", "DDIMScheduler") or not _is_discrete(scheduler):
             raise ValueError("spacing='quadratic' is for DDIM, of a model that wasn't trained by flow matching")
         return QuadraticDDIM(scheduler, steps)
+    from diffusers import DDIMScheduler  # 1.5 s, which who doesn't sample is spared
+
     if solver is not None:
         ours = scheduler_class(solver).from_config(scheduler.config)
     else:
@@ -43,6 +43,8 @@ def sampler(scheduler: Any, steps: int, solver: str | None = None, spacing: Spac
 
 def scheduler_class(name: str) -> Any:
     """The scheduler of diffusers of that name, with or without "Scheduler" at its end. Raises ValueError."""
+    import diffusers
+
     for full in (name, f"{name}Scheduler"):
         found = getattr(diffusers, full, None) if full.isidentifier() else None
         if isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin):

@@ -163,8 +163,9 @@ def slice_steps(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> list[Step
     """As :func:`diffprune_fast.ops.slice_channels.slice_steps`.
 
     Tensors that own their memory are compacted within it, and what lies behind them goes back to the system; the
-    others get new memory. The first step moves all channels, in one call of C++ that fails before it begins or not at
-    all; the next ones give the tensors their new data; the last ones let go of memory, and do no harm where they fail.
+    others, and biases and the like, get new memory. The first step moves all channels, in one call of C++ that fails
+    before it begins or not at all; the next ones give the tensors their new data; the last ones let go of memory, and
+    do no harm where they fail.
     """
     alive: list[Tensor] = []
     rows: list[dict[str, int]] = []
@@ -175,12 +176,13 @@ def slice_steps(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> list[Step
         shape = sliced_shape(tensor, piece)
         if piece.scale is None and shape == tuple(tensor.shape):
             continue
-        row = _slice_row(tensor, piece, alive)
+        order = reference.memory_order(tensor)
+        row = _slice_row(tensor, piece, order, alive)
         if row is None:
             data += set_data(tensor, reference.slice_channels(tensor.detach(), piece))
             continue
-        if _owns_memory(tensor, references[id(tensor)]):
-            new, later = _front(tensor, shape)
+        if tensor.nbytes >= min(_SMALL, _LARGE) and _owns_memory(tensor, references[id(tensor)]):
+            new, later = _front(tensor, shape, order)
             rest += later
         else:
             new = reference.empty_like(tensor, shape)
@@ -195,8 +197,13 @@ def slice_steps(tensors: Sequence[Tensor], slices: Sequence[Slice]) -> list[Step
     return [move, *data, *rest]
 
 
-# From here on, pages are given back; below, their bookkeeping costs more than a copy of what stays.
-_LARGE = 1 << 20
+# From here on, pages are given back; below, their bookkeeping costs more than a copy of what stays. (The UNet of
+# CIFAR-10 on an EPYC: 1.4 times as fast as PyTorch with 256 KB, 1.2 times with 1 MB.)
+_LARGE = 1 << 18
+
+
+# Up to here a copy costs less than making a storage smaller: 4.7 ms of 41 for the UNet of CIFAR-10.
+_SMALL = 1 << 14
 
 
 def _owns_memory(tensor: Tensor, references: int) -> bool:
@@ -217,10 +224,10 @@ def _owns_memory(tensor: Tensor, references: int) -> bool:
     return tensor.requires_grad or tensor._use_count() <= references  # type: ignore[attr-defined]
 
 
-def _front(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, list[Step]]:
+def _front(tensor: Tensor, shape: tuple[int, ...], order: Sequence[int]) -> tuple[Tensor, list[Step]]:
     """The first elements of the tensor's memory as a tensor of its own, and the calls that let the others go."""
     strides, step = [0] * len(shape), 1
-    for dim in reversed(reference.memory_order(tensor)):
+    for dim in reversed(order):
         strides[dim] = step
         step *= shape[dim]
     size, storage = step * tensor.element_size(), tensor.untyped_storage()
@@ -230,28 +237,27 @@ def _front(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, list[Step]]:
     return new, [] if pages else [partial(storage.resize_, size)]
 
 
-def _slice_row(tensor: Tensor, piece: Slice, alive: list[Tensor]) -> dict[str, int] | None:
+def _slice_row(tensor: Tensor, piece: Slice, order: Sequence[int], alive: list[Tensor]) -> dict[str, int] | None:
     """A ``SliceEntry`` of csrc/slice_channels.h without its target; None where the reference has to serve."""
     if tensor.numel() == 0:
         return None
-    order = reference.memory_order(tensor)
-    shape = tensor.shape
+    shape, kept = tensor.shape, {d: keep.shape[0] for d, keep in piece.keep.items()}
     sizes = [shape[d] for d in order]
-    cut = [p for p, d in enumerate(order) if d in piece.keep and len(piece.keep[d]) < sizes[p]]
+    cut = [p for p, d in enumerate(order) if kept.get(d, sizes[p]) < sizes[p]]
     if piece.scale is not None:
         if not order or order[0] != 0 or tensor.dtype not in DTYPES:
             return None
         cut = sorted({0, *cut})
     if len(cut) > 2 or tensor.is_conj() or tensor.is_neg():
         return None
-    whole = {position for position in cut if len(piece.keep.get(order[position], ())) in (0, sizes[position])}
+    whole = {position for position in cut if kept.get(order[position], 0) in (0, sizes[position])}
     keeps = [None if position in whole else piece.keep[order[position]] for position in cut]
     while len(cut) < 2:  # a dim of size 1 behind the last one
         cut.append(len(sizes))
         sizes.append(1)
         keeps.append(None)
     a, b = cut
-    counts = [sizes[p] if keep is None else len(keep) for p, keep in zip(cut, keeps)]
+    counts = [sizes[p] if keep is None else kept[order[p]] for p, keep in zip(cut, keeps)]
     scale = dtype = 0
     if piece.scale is not None:
         alive.append(piece.scale.detach().to("cpu", torch.float64).contiguous())
@@ -259,7 +265,7 @@ def _slice_row(tensor: Tensor, piece: Slice, alive: list[Tensor]) -> dict[str, i
     addresses = []
     for keep in keeps:
         if keep is not None:
-            alive.append(keep.cpu().contiguous())
+            alive.append(keep if keep.is_cpu and keep.is_contiguous() else keep.cpu().contiguous())
         addresses.append(alive[-1].data_ptr() if keep is not None else 0)
     return {
         "source": tensor.data_ptr(),

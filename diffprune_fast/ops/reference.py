@@ -112,5 +112,7 @@ def memory_order(tensor: Tensor) -> list[int]:
 def empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised memory of another shape, its dims in memory in the order of ``tensor``'s."""
     order = memory_order(tensor)
+    if order == list(range(len(order))):
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     flat = torch.empty([shape[d] for d in order], dtype=tensor.dtype, device=tensor.device)
     return flat.permute([order.index(d) for d in range(len(order))])

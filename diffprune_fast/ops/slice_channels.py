@@ -34,9 +34,9 @@ def slice_channels_(tensors: Sequence[Tensor], slices: Sequence[Slice], *, backe
     """Make every tensor its kept slice: the same Tensor object with a new shape and smaller storage.
 
     Everything is checked, and all memory is taken, before the first tensor changes. On the CPU tensors are compacted
-    within their own memory; only those whose memory somebody else sees too (an alias, a file, a NumPy or DLPack array)
-    get new memory. The CUDA kernels need at most the largest tensor's bytes on top of what is there, the reference
-    those of all that is kept.
+    within their own memory; only those whose memory somebody else sees too (an alias, a file, a NumPy or DLPack array),
+    and those under 16 KB, get new memory. The CUDA kernels need at most the largest tensor's bytes on top of what is
+    there, the reference those of all that is kept.
 
     Args:
         tensors: parameters, gradients or optimiser state of any dtype; contiguous or channels_last, which is kept, as
@@ -181,7 +181,10 @@ def check(tensors: Sequence[Tensor], slices: Sequence[Slice], names: Sequence[st
 
 def sliced_shape(tensor: Tensor, piece: Slice) -> tuple[int, ...]:
     """The shape that ``tensor`` has once it is sliced."""
-    return tuple(piece.keep[d].shape[0] if d in piece.keep else n for d, n in enumerate(tensor.shape))
+    sizes = list(tensor.shape)
+    for dim, keep in piece.keep.items():
+        sizes[dim] = keep.shape[0]
+    return tuple(sizes)
 
 
 def _check_keep(who: str, tensor: Tensor, piece: Slice, checked: dict[int, int]) -> None:
@@ -247,14 +250,16 @@ def _check_owned(who: str, tensor: Tensor) -> None:
         raise ValueError(f"{who} is a view that autograd tracks")
     if tensor.device.type == "meta":
         return
-    wanted = tensor.numel() * tensor.element_size()
+    wanted, held = tensor.nbytes, tensor.untyped_storage().nbytes()
     dense = is_dense(tensor)
-    if dense and tensor.untyped_storage().nbytes() < wanted:
+    if held == wanted and dense and tensor.storage_offset() == 0:
+        return
+    if dense and held < wanted:
         raise ValueError(
             f"{who} of shape {tuple(tensor.shape)} has no memory: its storage was released, as FSDP and offloading "
             "do; bring the weights back first"
         )
-    if tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() > wanted:
+    if tensor.storage_offset() != 0 or held > wanted:
         raise ValueError(
             f"{who} of shape {tuple(tensor.shape)} is a view of a larger storage, whose memory can't be given "
             "back: clone() it first"
@@ -279,7 +284,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 def _check_disjoint(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
     spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i)
+        (t.data_ptr(), t.data_ptr() + t.nbytes, i)
         for i, t in enumerate(tensors)
         if t.device.type != "meta" and t.numel()
     )

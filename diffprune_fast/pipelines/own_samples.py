@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from ..evaluation.own_samples import OWN_SAMPLES, MadeBatches, n_classes
@@ -125,6 +124,8 @@ def _callable_copy(pipe: Any, name: str, denoiser: nn.Module) -> Any:
     twin = copy.copy(pipe)
     setattr(twin, name, denoiser)
     # Ancestral sampling needs hundreds of steps where DDIM needs dozens.
+    from diffusers import DDIMScheduler, DDPMScheduler  # a pipeline has imported them
+
     ancestral = isinstance(pipe.scheduler, DDPMScheduler)
     twin.scheduler = DDIMScheduler.from_config(pipe.scheduler.config) if ancestral else copy.deepcopy(pipe.scheduler)
     if getattr(twin, "safety_checker", None) is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import spelled_norms
+from .computed_weights import is_computed_weight
 from .notes import read_note
 from .outputs import outputs_in
 from .records import Calls
@@ -49,21 +50,26 @@ def _telling(method: Callable[..., Any], walk: Walk, reason: str) -> Callable[..
     return call
 
 
-def note_attributes(model: nn.Module, walk: Walk) -> None:
+def note_attributes(walk: Walk) -> None:
     """Name the attributes in which a forward has left activations: their channels may go.
 
     To be called inside ``on_meta``, which takes them away.
     """
-    for path, module in model.named_modules():
-        tables = ("_parameters", "_buffers", "_modules")
-        held = {n: v for n, v in vars(module).items() if n not in tables}
-        for name, value in {**held, **module._buffers}.items():
+    tables = ("_parameters", "_buffers", "_modules")
+    for path, module in walk.by_name.items():
+        held = [(n, v) for n, v in vars(module).items() if isinstance(v, _HOLDERS) and n not in tables]
+        for name, value in (*held, *module._buffers.items()):
+            if is_computed_weight(module, name):
+                continue
             if any(walk.maps(t) and walk.name_of(t) is None for t in _tensors(value, 2)):
                 where = f"{path}.{name}".lstrip(".")
                 walk.notes.append(
                     f"the forward leaves activations in {where}, which may lose channels: if they are read, name them "
                     "as an output or keep their groups (ignore=[...])"
                 )
+
+
+_HOLDERS = (Tensor, list, tuple, dict)
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +39,10 @@ class LikeADevice(TorchFunctionMode):
             args = args[1:]
         kwargs = {**dict(zip(("dtype", "device"), args[1:])), **kwargs}
         return torch.tensor(*args[:1], **{**kwargs, "device": "cpu"})
+
+
+# Most of what modules have for attributes: it caches nothing.
+_PLAIN = frozenset((bool, int, float, str, tuple, list, dict, OrderedDict, type(None)))
 
 
 _MADE_OF_NUMBERS = frozenset((torch.tensor, torch.as_tensor, Tensor.new_tensor))
@@ -82,8 +87,9 @@ def inputs_on_meta(tree: Any) -> Any:
 @contextmanager
 def module_hooks(model: nn.Module, enter: Any, leave: Any) -> Iterator[None]:
     """``enter`` before any other hook of every module, ``leave`` after its forward."""
-    handles = [m.register_forward_pre_hook(enter, prepend=True) for m in model.modules()]
-    handles += [m.register_forward_hook(leave, prepend=True) for m in model.modules()]
+    modules = list(model.modules())
+    handles = [m.register_forward_pre_hook(enter, prepend=True) for m in modules]
+    handles += [m.register_forward_hook(leave, prepend=True) for m in modules]
     try:
         yield
     finally:
@@ -123,7 +129,8 @@ def on_meta(
 @contextmanager
 def attributes_put_back(model: nn.Module) -> Iterator[None]:
     """What forwards set in attributes of the model is taken away: they cache tables there, of meta after a walk."""
-    attributes = [(vars(m), vars(m).copy(), _contents(vars(m))) for m in [*model.modules(), *_plain_objects(model)]]
+    modules = list(model.modules())
+    attributes = [(vars(m), vars(m).copy(), _contents(vars(m))) for m in [*modules, *_plain_objects(modules)]]
     try:
         yield
     finally:
@@ -131,16 +138,16 @@ def attributes_put_back(model: nn.Module) -> Iterator[None]:
             _restore(now, before, contents)
 
 
-def _plain_objects(model: nn.Module) -> list[Any]:
+def _plain_objects(modules: Sequence[nn.Module]) -> list[Any]:
     """Objects of the model's own that aren't modules (a rotary embedder, say) and may cache tensors as well."""
-    held = {id(v): v for m in model.modules() for v in vars(m).values() if hasattr(v, "__dict__")}
+    held = {id(v): v for m in modules for v in vars(m).values() if type(v) not in _PLAIN and hasattr(v, "__dict__")}
     ours = [v for v in held.values() if not isinstance(v, (nn.Module, Tensor, type, dict))]  # dicts: hooks, configs
     return [v for v in ours if not (callable(v) and hasattr(v, "__name__"))]  # functions cache nothing of theirs
 
 
 def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
     """Copies of the lists and dicts among the attributes."""
-    return {k: v.copy() for k, v in attributes.items() if type(v) in (list, dict)}
+    return {k: v.copy() for k, v in attributes.items() if type(v) is dict or type(v) is list}
 
 
 def _restore(attributes: dict[str, Any], before: dict[str, Any], contents: dict[str, Any]) -> None:

@@ -77,12 +77,19 @@ def _target_rows(walk: Walk, labels: Labels | None) -> dict[str, np.ndarray]:
     if labels is None or not labels.fold_targets:
         return {}
     first = labels.fold_targets[0]
-    named = np.unique(np.concatenate([x.reshape(-1) for x in labels.maps])) - walk.channels.start.get(
-        (first.name, 0), 0
-    )
+    named = _ordered(labels.maps) - walk.channels.start.get((first.name, 0), 0)
     if first.rows is None and not (named[0] >= 0 and named[-1] < walk.channels.shapes[first.name][0]):
         return {}
     return {t.name: named.astype(np.int64) if t.rows is None else t.rows for t in labels.fold_targets}
+
+
+def _ordered(maps: Sequence[LabelMap]) -> np.ndarray:
+    """All labels of the maps, each once, in order."""
+    if len(maps) == 1:
+        flat = maps[0].reshape(-1)
+        if (flat[1:] > flat[:-1]).all():  # nearly always: sorting would be most of a walk's arithmetic
+            return flat
+    return np.unique(np.concatenate([x.reshape(-1) for x in maps]))
 
 
 def note_softmax_scale(walk: Walk, place: str, n: int, label_map: LabelMap, q: Labels | None) -> None:
@@ -113,6 +120,8 @@ def note_other_uses(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: An
             passed.update([target.name for target in note.labels.fold_targets or ()])
     for t in tensors:
         note = read_note(t)
+        if note.parameter is not None and note.parameter not in passed and not name.startswith("_weight_norm"):
+            walk.read.add(note.parameter)
         if note.labels is None:
             continue
         if note.parameter is not None:

@@ -7,14 +7,18 @@ from torch import nn
 from ..architectures.inputs import ExampleInputs, calls_of
 from ..choices import Units, check_choice
 from ..plan.plan import Plan
+from .caches import collector_paused
 from .channels import Channels, units_of_channels
 from .graph import Graph
 from .grouping import build_plan
 from .heads import heads_to_take_whole, reach
 from .interface import note_methods
+from .kept_steps import keep_steps
 from .probe import probe_plan
+from .records import Calls
 from .refusals import refuse_model, refuse_shared_memory
 from .tracer import walk_forward
+from .walk import Walk
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, units: Units = "auto") -> Plan:
@@ -51,6 +55,14 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, unit
     check_choice("units", units, Units)
     refuse_model(model)
     calls = calls_of(model, example_inputs)
+    plan, walk = _traced(model, calls, units)
+    keep_steps(plan, model, calls, walk.steps)
+    return plan
+
+
+@collector_paused()
+def _traced(model: nn.Module, calls: Calls, units: Units) -> tuple[Plan, Walk]:
+    """The plan, and the walk that it was made of."""
     channels = Channels.of(model)
     walk = walk_forward(model, channels, Graph(channels.total), calls)
     note_methods(model, walk, calls)
@@ -60,8 +72,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, unit
         plan = probe_plan(model, walk, plan, calls)
     heads = heads_to_take_whole(walk.attended, units_of_channels(plan, channels), units)
     if heads is None:
-        return plan if units != "heads" else probe_plan(model, walk, plan, calls)
+        return (plan if units != "heads" else probe_plan(model, walk, plan, calls)), walk
     again = walk_forward(model, channels, Graph(channels.total, heads=heads), calls)
     note_methods(model, again, calls)
     by_heads = probe_plan(model, again, build_plan(model, again), calls)
-    return by_heads if units == "heads" or reach(by_heads) >= reach(plan) else plan
+    return (by_heads, again) if units == "heads" or reach(by_heads) >= reach(plan) else (plan, walk)

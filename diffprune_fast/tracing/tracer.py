@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..architectures.attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from ..architectures.position_tables import Table, table_of
-from . import constants, interface, scale_folding, spelled_norms, steps
+from . import computed_weights, constants, interface, scale_folding, spelled_norms, steps
 from .caches import nothing_left_outside
 from .channels import Channels
 from .errors import TraceError, explain_failure
@@ -64,8 +64,9 @@ class Tracer(TorchDispatchMode):
                     out = f(*inputs_on_meta(args), **inputs_on_meta(kwargs))
                 walk.stack.clear()
                 interface.hand_out(walk, out, "is an output of the model")
-            interface.note_attributes(model, walk)
+            interface.note_attributes(walk)
         scale_folding.freeze_unfoldable_heads(walk)
+        computed_weights.freeze_gains_read_elsewhere(walk)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # the forward's mode is not asked for every shape that a rule reads

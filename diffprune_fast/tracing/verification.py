@@ -12,10 +12,12 @@ from torch import nn
 from ..choices import NormGroups
 from ..plan.keep_sets import Sliced, alive_units, sliced_shapes
 from ..plan.plan import Plan
+from .caches import collector_paused
 from .channels import Channels, units_of_channels
 from .errors import TraceError, where_in
 from .graph import Graph
 from .grouping import free_rows
+from .kept_steps import kept_steps
 from .records import Calls, Step
 from .steps import first_difference
 from .tracer import Tracer, walk_forward
@@ -102,6 +104,7 @@ def attributes_set(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator[
             setattr(module, name, value)
 
 
+@collector_paused()
 def verify_sliced(
     model: nn.Module,
     plan: Plan,
@@ -112,13 +115,15 @@ def verify_sliced(
 ) -> None:
     """Walk the sliced model on meta against the plan; nothing of the model changes.
 
-    steps: what the unsliced model computes in these calls; without them it is walked as well.
+    steps: what the unsliced model computes in these calls; without them, and where its trace has left none, it is
+    walked as well.
 
     Raises:
         VerificationError: it would not run, or channels, norm groups, heads or numbers would not be what they were.
     """
     channels = Channels.of(model)
-    steps = steps if steps is not None else _unsliced(model, plan, channels, norm_groups, calls)
+    steps = kept_steps(plan, model, calls) if steps is None else steps
+    steps = _unsliced(model, plan, channels, norm_groups, calls) if steps is None else steps
     comparison = Comparison(channels, plan, sliced, norm_groups)
     tracer = Tracer(model, channels, comparison)
     walk = tracer.walk
@@ -136,7 +141,7 @@ def verify_sliced(
             ) from error
     comparison.check_edges()
     found = first_difference(steps, walk.steps)
-    if found is not None:  # what a forward keeps outside of the model is there since the first walk
+    if found is not None:  # the model may be another since its trace, or what its forward keeps outside of it
         found = first_difference(_unsliced(model, plan, channels, norm_groups, calls), walk.steps)
     if found is not None:
         step, what = found

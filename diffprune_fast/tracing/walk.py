@@ -39,13 +39,15 @@ class Walk:
         self.costs: list[CostTerm] = []
         self.scales: list[ScaleTerm] = []
         self.other_uses: list[Labels] = []
+        self.gains: dict[str, str] = {}  # what holds the norms of another parameter's rows, and which
+        self.read: set[str] = set()  # parameters that anything else has read
         self.statistics = 0
         self.attributes: dict[tuple[str, str], LabelMap] = {}
         self.scale_attributes: dict[tuple[str, str], LabelMap] = {}
         self.attended: list[Attended] = []
         self.steps: list[Step] = []
-        self.modules = {id(m): n for n, m in model.named_modules()}
         self.by_name = dict(model.named_modules())
+        self.modules = {id(m): n for n, m in self.by_name.items()}
         self.stack: list[str] = []
         self.notes: list[str] = []  # what the user should know of this model
         self.failed: tuple[str, tuple[Any, ...]] | None = None  # an operation's place and arguments
@@ -170,9 +172,13 @@ class Walk:
     def attribute(self, parameter: Tensor, name: str, *maps: LabelMap) -> None:
         """A module attribute that follows the size of a label map."""
         owner = self.name_of(parameter)
-        if owner is None or not maps:
+        if not maps:
             return
         module = self.module
+        if owner is None:  # a weight that was computed, of the module that runs
+            if getattr(self.by_name[module], name, None) == maps[0].size:
+                self.attributes[module, name] = maps[0].reshape(-1)
+            return
         held = self.by_name[module]._parameters.values()
         if not any(self.name_of(p) == owner for p in held):  # a tied one has several owners
             module = owner.rpartition(".")[0]

@@ -469,3 +469,15 @@ def test_a_plain_module_pruned_twice_loads_into_the_unpruned_one(tmp_path):
         assert_same_function(loaded, again, lambda m: m(*IDS))
         widths = [(m.in_features, m.out_features) for m in loaded.modules() if isinstance(m, nn.Linear)]
         assert widths == [(m.weight.shape[1], m.weight.shape[0]) for m in loaded.modules() if isinstance(m, nn.Linear)]
+
+
+def test_loaded_weights_lie_where_pytorch_would_put_them(tmp_path):
+    """In the file they begin anywhere, some at 4 bytes after a boundary."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3), nn.BatchNorm1d(3))
+    plan = trace(model, (torch.zeros(2, 3),))
+    result = prune(model, plan, {"0": np.array([0, 2, 3])}, example_inputs=(torch.zeros(2, 3),))
+    result.save_pretrained(tmp_path)
+    dense = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3), nn.BatchNorm1d(3))
+    loaded = from_pretrained(tmp_path, dense)
+    assert {t.data_ptr() % 64 for t in (*loaded.parameters(), *loaded.buffers())} == {0}
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))

@@ -303,6 +303,27 @@ def test_an_interrupted_finetune_is_gone_on_with_and_a_finished_one_kept(inputs,
     assert "is there already" in error(*common)
 
 
+def test_an_interrupted_prune_is_gone_on_with(inputs, tmp_path, monkeypatch):
+    from diffprune_fast.objective.loss_run import LossRun
+    from diffprune_fast.scoring import state
+
+    common = ("prune", inputs / "model", "--images", inputs / "train", "--batch-size", 4, "--max-samples", 32)
+    common += ("--ratio", 0.3, "--no-compensate", "--no-rotate", "--out", tmp_path / "out")
+    monkeypatch.setattr(state, "SECONDS", 0.0)
+    whole, calls = LossRun.mean_loss, []
+
+    def counted(self: LossRun, *args: object) -> torch.Tensor:
+        calls.append(0)
+        return 1 / 0 if len(calls) == 10 else whole(self, *args)  # type: ignore[return-value,arg-type]
+
+    monkeypatch.setattr(LossRun, "mean_loss", counted)
+    run(*common, code=2)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["scoring.pt"]
+    run(*common)
+    assert len(calls) == 10 + 16 - 8  # of 8 micro-batches and 8 draws the first 8 were kept
+    assert not (tmp_path / "out" / "scoring.pt").exists()
+
+
 def test_a_missing_package_is_named_with_the_command_that_installs_it(inputs, unbroken, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     found = error("report", unbroken[0] / "evaluations" / "dense", "--out", tmp_path / "page.html")

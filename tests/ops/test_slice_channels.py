@@ -219,15 +219,15 @@ def test_memory_that_others_see_is_never_written(tmp_path) -> None:
     assert path.read_bytes() == array.tobytes()
 
 
-def test_new_memory_is_for_tensors_that_others_see(monkeypatch) -> None:
-    """All of it is there before the first tensor changes; those that own their memory need none."""
-    tensors = [torch.ones(n, 100) for n in (10, 200, 50, 4000)]
+def test_new_memory_is_for_small_tensors_and_those_that_others_see(monkeypatch) -> None:
+    """All of it is there before the first tensor changes; others that own their memory need none."""
+    tensors = [torch.ones(n, 100) for n in (60, 200, 50, 4000, 10)]
     aliases = [tensors[1].detach(), torch.from_dlpack(tensors[2])]
     taken = []
     allocate = ops.reference.empty_like
     monkeypatch.setattr(cpu.reference, "empty_like", lambda t, shape: taken.append(len(t)) or allocate(t, shape))
     steps = slice_steps(tensors, [ops.Slice({1: torch.arange(90)})] * len(tensors), backend="cpu")
-    assert taken == [200, 50]
+    assert taken == [200, 50, 10]
     assert all(t.shape[1] == 100 for t in tensors)
     for step in steps:
         step()

@@ -64,12 +64,8 @@ def unary(op: Operation, x: Tensor) -> Any:
 def elementwise(op: Operation, x: Tensor) -> Any:
     walk, name = op.walk, op.name
     tensors = [a for a in (*op.args, *op.kwargs.values()) if isinstance(a, Tensor)]
-    first = tensors[0]
-    plain = name in ("add", "sub", "mul", "div") and all(t.dtype == first.dtype for t in tensors)
-    if plain and all(t.shape == first.shape for t in tensors) and any(t.is_meta for t in tensors):
-        out = empty_output(first.shape, first)
-    else:
-        out = op.run()
+    shape = _broadcast(op, tensors) if name in ("add", "sub", "mul", "div") else None
+    out = op.run() if shape is None else empty_output(shape, tensors[0])
     ndim = out.dim()
     operands = [(align(walk.maps(t), ndim), pad_shape(varying_shape(t), ndim)) for t in tensors]
     maps = walk.graph.join_all(operands, ndim, op.place)
@@ -77,6 +73,18 @@ def elementwise(op: Operation, x: Tensor) -> Any:
     result = x if op.func._schema.is_mutable else out
     walk.label(result, found)
     return result
+
+
+def _broadcast(op: Operation, tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """The sizes of an output whose dtype is its operands' and without values; None: it has to be run."""
+    dtype = tensors[0].dtype
+    if not dtype.is_floating_point or not any(t.is_meta for t in tensors) or op.kwargs.keys() - {"alpha"}:
+        return None
+    if any(t.dtype != dtype for t in tensors) or any(isinstance(a, complex) for a in op.args):
+        return None
+    rank = max(t.dim() for t in tensors)
+    sizes = [set(column) - {1} for column in zip(*[pad_shape(t.shape, rank) for t in tensors])]
+    return None if any(len(s) > 1 for s in sizes) else tuple([s.pop() if s else 1 for s in sizes])
 
 
 @rule("glu")
