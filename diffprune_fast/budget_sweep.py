@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import compensation
 from .architectures.inputs import knows_inputs
 from .choices import CompensationMode, Units
+from .footprint.promise import Promise
 from .objective.batches import replayed
 from .objective.calls import first_call
 from .pipelines.target import find_target
 from .plan.keep_sets import sliced_shapes
-from .plan.plan import Complexity
+from .plan.plan import Complexity, Keep, Plan
+from .promises import costs_of, keep_promises, measurable
 from .rotation.rotate import rotate_heads
 from .scoring.score import score
 from .scoring.scores import Scores, rehearsed_scores
-from .selection.budgets import BudgetError
-from .selection.select import select
+from .selection.budgets import Budget, BudgetError
+from .selection.costs import Cost
+from .selection.select import Selection, select
 from .slicing.commit import undo
 from .slicing.prune import prune
 from .tracing.trace import trace
@@ -32,21 +35,32 @@ SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
 
 @dataclass(frozen=True)
 class Point:
-    """One budget: what was asked, what the model then costs, its loss as sliced and as compensated."""
+    """One budget: what was asked, what the model then costs, its loss as sliced and as compensated.
+
+    promise: of time or memory, as asked, predicted and measured.
+    """
 
     asked: float
     after: Complexity
     sliced: float
     compensated: float
+    promise: Promise | None = None
+
+    @property
+    def share(self) -> float:
+        """What is left of time or memory, as measured; NaN for other budgets."""
+        if self.promise is None:
+            return float("nan")
+        return self.promise.predicted if self.promise.measured is None else self.promise.measured
 
 
 @dataclass(frozen=True)
 class Sweep:
     """Loss against cost.
 
-    kind: ``"macs"`` or ``"params"``. before: what the dense model costs. dense: its loss, on the samples that the
-    points' losses are of. points: in the order in which they were asked. missing: budgets that can't be met, with the
-    reason. scores: with them :func:`select` gives the keep-sets of any further budget.
+    kind: ``"macs"``, ``"params"``, ``"latency"`` or ``"memory"``. before: what the dense model costs. dense: its
+    loss, on the samples that the points' losses are of. points: in the order in which they were asked. missing: budgets
+    that can't be met, with the reason. scores: with them :func:`select` gives the keep-sets of any further budget.
     """
 
     kind: str
@@ -60,17 +74,22 @@ class Sweep:
         """The losses against the share that stays, as a matplotlib figure."""
         from .report.figures import tradeoff
 
-        whole = getattr(self.before, self.kind)
-        costs = [getattr(point.after, self.kind) / whole for point in self.points]
+        if self.kind in ("latency", "memory"):
+            costs = [point.share for point in self.points]
+        else:
+            costs = [getattr(p.after, self.kind) / getattr(self.before, self.kind) for p in self.points]
         losses = {"sliced": [p.sliced for p in self.points], "compensated": [p.compensated for p in self.points]}
-        return tradeoff(costs, losses, self.dense, cost="MACs" if self.kind == "macs" else "parameters")
+        named = {"macs": "MACs", "params": "parameters", "latency": "time"}
+        return tradeoff(costs, losses, self.dense, cost=named.get(self.kind, self.kind))
 
     def __str__(self) -> str:
-        lines = [f"{self.before}, loss {self.dense:.4g}", f"{self.kind:>7}  parameters   GMACs   sliced  compensated"]
+        head = f"{self.kind:>7}  parameters   GMACs   sliced  compensated"
+        measured = any(p.promise is not None for p in self.points)
+        lines = [f"{self.before}, loss {self.dense:.4g}", head + ("  measured" if measured else "")]
         for p in self.points:
             lines.append(
                 f"{p.asked:>7.6g}  {p.after.params / 1e6:>9.2f}M  {p.after.macs / 1e9:>6.4g}  {p.sliced:>7.4g}  "
-                f"{p.compensated:>11.4g}"
+                f"{p.compensated:>11.4g}" + (f"  {p.share:>8.3f}" if measured else "")
             )
         return "\n".join([*lines, *(f"{asked:>7.6g}  {why}" for asked, why in self.missing.items())])
 
@@ -80,7 +99,7 @@ def sweep(
     loader: Iterable[Any],
     *,
     budgets: Sequence[float] = SHARES,
-    kind: Literal["macs", "params"] = "macs",
+    kind: Literal["macs", "params", "latency", "memory"] = "macs",
     component: str | None = None,
     units: Units = "auto",
     rotate: bool = True,
@@ -97,7 +116,7 @@ def sweep(
     Args:
         model, loader, component, units, rotate, compensate, example_inputs, seed: as for :func:`score_and_prune`.
         budgets: shares that stay, or numbers.
-        kind: of what.
+        kind: of what. Time and memory are measured on every sliced copy, as :func:`score_and_prune` does.
         options: of :func:`score` and :func:`select`.
 
     Returns:
@@ -118,7 +137,7 @@ def sweep(
         [True, True]
     """
     of_select = {name: options.pop(name) for name in [*options] if name in inspect.signature(select).parameters}
-    asking: Any = lambda share: {kind: share, **of_select}  # noqa: E731
+    asking: Any = lambda share, **more: {kind: share, **of_select, **more}  # noqa: E731
     target = find_target(model, component, loader, options)
     dense: Any = target.model
     seen: Any = replayed(target.loader or loader)
@@ -126,10 +145,15 @@ def sweep(
     if example_inputs is None and not knows_inputs(dense):
         example_inputs, seen = first_call(dense, seen, **training)
     plan = trace(dense, example_inputs, units=units)
-    missing = {}
+    promised = {asked: measurable({kind: asked}) for asked in budgets}
+    costs = dict(of_select.pop("costs", {}))
+    slicing = {"example_inputs": example_inputs, "norm_groups": of_select.get("norm_groups", "count")}
+    if any(promised.values()):
+        costs = costs_of(dense, plan, promised[budgets[0]], costs, of_select.get("round_to", 8), **slicing)
+    missing: dict[float, str] = {}
     for asked in budgets:
         try:
-            select(plan, rehearsed_scores(plan), **asking(asked))
+            select(plan, rehearsed_scores(plan), **asking(asked, costs=costs))
         except BudgetError as e:
             missing[asked] = str(e)
     if len(missing) == len(budgets):
@@ -141,7 +165,11 @@ def sweep(
         for asked in budgets:
             if asked in missing:
                 continue
-            keep = select(plan, scores, **asking(asked)).keep
+            try:
+                keep, promise = _chosen(dense, plan, scores, promised[asked], costs, asking, asked, example_inputs)
+            except BudgetError as e:
+                missing[asked] = str(e)
+                continue
             result = prune(dense, plan, keep, inplace=False, example_inputs=example_inputs)
             found = compensation.compensate(
                 result.model,
@@ -154,7 +182,28 @@ def sweep(
                 **training,
             )
             best, loss = found.compensated if found.helped else found.sliced, found.dense
-            points.append(Point(asked, result.after, found.sliced, best))
+            points.append(Point(asked, result.after, found.sliced, best, promise))
     finally:
         undo(turned)
     return Sweep(kind, plan.complexity(), loss, tuple(points), missing, scores)
+
+
+def _chosen(
+    dense: Any,
+    plan: Plan,
+    scores: Scores,
+    promised: Sequence[Budget],
+    costs: Mapping[str, Cost],
+    asking: Any,
+    asked: float,
+    example_inputs: Any,
+) -> tuple[Keep, Promise | None]:
+    """The keep-set of a budget, with what was measured of it."""
+    if not promised:
+        return select(plan, scores, **asking(asked, costs=costs)).keep, None
+
+    def choose(now: Mapping[str, Cost]) -> Selection:
+        return select(plan, scores, **asking(asked, costs=now))
+
+    selection, promises = keep_promises(dense, plan, promised, costs, choose, example_inputs=example_inputs)
+    return selection.keep, promises[0]

@@ -16,6 +16,7 @@ from . import compensation
 from .architectures.inputs import knows_inputs
 from .choices import CompensationMode, Layouts, NormGroups, Units
 from .depth.shallower import Budget, shallower
+from .footprint.promise import Promise
 from .objective.batches import replayed
 from .objective.calls import first_call
 from .pipelines.encoding import example_call
@@ -24,6 +25,7 @@ from .plain.wish import Wish
 from .plain.wishes import wish_for
 from .plan.keep_sets import sliced_shapes
 from .plan.plan import Keep, Plan
+from .promises import costs_of, keep_promises, measurable
 from .pruned.record import record_of
 from .result import PruneResult
 from .rotation.rotate import rotate_heads
@@ -31,8 +33,10 @@ from .scoring.criteria import CRITERIA
 from .scoring.options import ScoreOptions
 from .scoring.score import score
 from .scoring.scores import Scores, rehearsed_scores
+from .selection.budgets import Budget as Asked
+from .selection.costs import Cost
 from .selection.options import SelectOptions
-from .selection.select import select
+from .selection.select import Selection, select
 from .sensitivity.measure import measure_sensitivities
 from .slicing.commit import Change, gradients_as_now, undo
 from .slicing.optimizers import check_optimizer
@@ -55,6 +59,8 @@ def score_and_prune(
     ratio: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    latency: float | None = None,
+    memory: float | None = None,
     like: Any = None,
     layout: Layouts = "free",
     units: Units = "auto",
@@ -84,7 +90,13 @@ def score_and_prune(
             model that makes images of noise or of classes; then it makes 512 images itself, and the result says so.
             None costs nothing where the criterion needs no data ("magnitude", "random").
         component: the name of that component; None is the denoiser.
-        ratio, params, macs: the budget, one of them or params and macs both; nothing is ``ratio=0.3``.
+        ratio, params, macs: the budget, as for :func:`select`; nothing is ``ratio=0.3``. All but ratio can be combined.
+        latency: the share of the dense model's time that stays, on its device, for a forward of ``example_inputs``:
+            their batch size counts. Operations are measured one by one, at several widths, and kept in
+            ``~/.cache/diffprune_fast`` (see :func:`~diffprune_fast.footprint.measure_times`); the widths that are
+            chosen are timed, and chosen anew where that is off. ``result.promises`` says what came of it.
+        memory: the same of the peak memory: parameters, buffers, and the activations that live at a time (see
+            :func:`~diffprune_fast.footprint.count_memory`); or a number of bytes.
         like: in place of a budget a smaller config of the model's class: some of its keys, a whole one, or the path of
             one. Every width becomes that config's, and the result is a plain model of the class; see
             :mod:`~diffprune_fast.plain`.
@@ -131,9 +143,14 @@ def score_and_prune(
     Source: Fang, Ma, Wang: Structural Pruning for Diffusion Models (NeurIPS 2023, arXiv 2305.10924).
     """
     scoring, selecting = _by_stage(options)
-    budget: Budget = {"ratio": ratio, "params": params, "macs": macs}
-    if drop_blocks is not None and plan is not None:
-        raise ValueError("drop_blocks changes what goes together: leave out plan, it is traced without the blocks")
+    budget: Budget = {"ratio": ratio, "params": params, "macs": macs, "latency": latency, "memory": memory}
+    promised = measurable(budget)
+    if drop_blocks is not None and (plan is not None or promised):
+        raise ValueError(
+            "drop_blocks changes what goes together: leave out plan, it is traced without the blocks"
+            if plan is not None
+            else "latency and memory are counted of the model as it is: call drop_blocks first, then prune what is left"
+        )
     progress = scoring.get("progress", True)
     own = None
     tries = selecting.get("allocation") == "measured"
@@ -146,7 +163,12 @@ def score_and_prune(
     example_inputs, loader = _inputs(target, example_inputs, training)
     loader = None if loader is None else replayed(loader)
 
-    backend = scoring.get("backend", "auto")
+    slicing = {
+        "norm_groups": norm_groups,
+        "example_inputs": example_inputs,
+        "backend": scoring.get("backend", "auto"),
+        "proof": proof,
+    }
     laps = _Laps()
     back = gradients_as_now()  # what gives everything back as it was, until the commit begins
     try:
@@ -177,6 +199,12 @@ def score_and_prune(
         plan = plan or trace(dense, example_inputs, units=wish.units(units))
         laps.end("trace")
 
+        costs = {**selecting.get("costs", {})}
+        if promised:
+            costs = costs_of(dense, plan, promised, costs, selecting.get("round_to", 8), **slicing)
+            wish.options["costs"] = costs
+            laps.end("measure costs")
+
         rehearsal = wish.select(plan, rehearsed_scores(plan))
         sliced = dry_run(dense, plan, rehearsal.keep, norm_groups=norm_groups, example_inputs=example_inputs)
         wish.check(dense, sliced)
@@ -196,7 +224,7 @@ def score_and_prune(
             scores = _tried(dense, loader, plan, scores, seed, norm_groups, scoring, selecting)
             laps.end("measure")
 
-        selection = wish.select(plan, scores)
+        selection, promises = _chosen(dense, plan, wish, scores, promised, costs, slicing)
         laps.end("select")
 
         change = _change(
@@ -207,12 +235,7 @@ def score_and_prune(
             wish=wish,
             inplace=inplace,
             optimizer=optimizer,
-            slicing={
-                "norm_groups": norm_groups,
-                "example_inputs": example_inputs,
-                "backend": backend,
-                "proof": proof,
-            },
+            slicing=slicing,
             solving={
                 "mode": "auto" if compensate is True else compensate,
                 "autocast": scoring.get("autocast"),
@@ -226,6 +249,7 @@ def score_and_prune(
             own_samples=0 if own is None else own.n,
             scores=scores,
             selection=selection,
+            promises=promises,
             rotation=rotation,
             seed=seed,
             seconds={**laps.seconds, **change.result.seconds},
@@ -266,6 +290,26 @@ def _change(
     change = prepared(dense, plan, sliced, slicing["norm_groups"], optimizer, slicing["backend"], **taking)
     further = wish.finishing(dense, trial.model, sliced)
     return change.and_then(further, compensation=found, proof=trial.proof, after=trial.after, shapes=trial.shapes)
+
+
+def _chosen(
+    dense: nn.Module,
+    plan: Plan,
+    wish: Wish,
+    scores: Scores,
+    promised: Sequence[Asked],
+    costs: Mapping[str, Cost],
+    slicing: Mapping[str, Any],
+) -> tuple[Selection, tuple[Promise, ...]]:
+    """The units that stay; where the budget can be measured, such that what is measured meets it."""
+    if not promised:
+        return wish.select(plan, scores), ()
+
+    def choose(now: Mapping[str, Cost]) -> Selection:
+        wish.options["costs"] = {**costs, **now}
+        return wish.select(plan, scores)
+
+    return keep_promises(dense, plan, promised, costs, choose, **slicing)
 
 
 def _steps(target: Target) -> int:
@@ -329,7 +373,9 @@ def _by_stage(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         if name not in of_score | of_select:
             near = difflib.get_close_matches(name, known, 1)
             hint = f": did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"unknown option {name!r}{hint} (budgets are ratio, params, macs and like)")
+            raise TypeError(
+                f"unknown option {name!r}{hint} (budgets are ratio, params, macs, latency, memory and like)"
+            )
     return (
         {n: v for n, v in options.items() if n in of_score},
         {n: v for n, v in options.items() if n in of_select},

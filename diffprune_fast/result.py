@@ -17,6 +17,7 @@ from torch import nn
 from .checkpoint.manifest import pack_runs
 from .checkpoint.saving import save
 from .compensation.compensate import Compensation
+from .footprint.promise import Promise
 from .objective.isolation import unwrapped
 from .plan.plan import Complexity, Plan, unreached
 from .pruned.record import attach_record, is_settable, record_of
@@ -59,7 +60,7 @@ class PruneResult:
     have cost; then ``plan`` is that of the model without them and ``before`` what it cost with them. rotation: the
     attention heads that got another basis first. compensation: the losses of the dense, the sliced and the compensated
     model, and the layers that were solved. proof: what a real forward has shown of the slicing, before compensation;
-    None where it was left out. pipeline,
+    None where it was left out. promises: budgets of time and memory, as asked, predicted and measured. pipeline,
     component: the diffusers pipeline that the model is part of, and the model's name there; None for a model alone.
     """
 
@@ -81,6 +82,7 @@ class PruneResult:
     rotation: Rotation | None = None
     compensation: Compensation | None = None
     proof: Proof | None = None
+    promises: tuple[Promise, ...] = ()
     pipeline: Any = None
     component: str | None = None
 
@@ -168,6 +170,7 @@ class PruneResult:
         if self.selection is not None:
             lines += [f"asked:  {self.selection.asked}", f"met:    {self.selection.met}"]
             lines += [f"note:   {note}" for note in self.selection.notes]
+        lines += [str(promise) for promise in self.promises]
         if self.dropped:
             lines.append(f"blocks dropped: {', '.join(self.dropped)}")
         lines.append(f"norm groups: {self.norm_groups}")
@@ -227,6 +230,8 @@ def noted(result: PruneResult) -> dict[str, Any]:
             "ranking": chosen.ranking,
             "notes": list(chosen.notes),
         }
+    if result.promises:
+        about["promises"] = [_plain_value(asdict(promise)) for promise in result.promises]
     if result.proof is not None:
         about["proof"] = _plain_value(asdict(result.proof))
     if result.compensation is not None:

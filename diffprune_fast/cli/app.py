@@ -37,7 +37,14 @@ Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, ... Default: cuda where there is one.")]  # noqa: UP045
 
 # What a missing module is for, by the extra that brings it.
-EXTRAS = {"matplotlib": "report", "jinja2": "report", "torchmetrics": "evaluate", "transformers": "text"}
+EXTRAS = {
+    "matplotlib": "report",
+    "jinja2": "report",
+    "torchmetrics": "evaluate",
+    "transformers": "text",
+    "torchvision": "lpips",
+    "onnxruntime": "onnx",
+}
 
 
 @dataclass
@@ -126,7 +133,8 @@ def check_out(
             f"--out {out}: {there} is {'not writable' if there.is_dir() else 'a file'}, choose another folder"
         )
     taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
-    if taken and not force and not (unfinished is not None and {p.name for p in target.iterdir()} <= {unfinished}):
+    begun = {unfinished, f"{unfinished}.part"}
+    if taken and not force and not (unfinished is not None and {p.name for p in target.iterdir()} <= begun):
         raise ValueError(f"--out {out} is there already: choose another, or overwrite it with --force")
     if taken and empties and not any((target / name).is_file() for name in (RUN, RESULT)):
         raise ValueError(f"--out {out} holds other things, which --force would remove: choose another folder")

@@ -99,11 +99,16 @@ def finetune(
         if not _is_first():
             return
         opened.save(out)
-        ran.write(out, seed=seed, losses=list(done.losses), resumed=done.resumed, training_seconds=done.seconds)
+        looked = {"before": done.before, "after": done.after, "helped": done.helped}
+        ran.write(
+            out, seed=seed, losses=list(done.losses), resumed=done.resumed, training_seconds=done.seconds, **looked
+        )
         write_card(out, command=ran.command)
         (out / STATE).unlink()
         last = done.losses[-max(1, len(done.losses) // 10) :]
         say(f"trained: {steps} steps, {done.seconds:.0f} s; mean loss of the last tenth {sum(last) / len(last):.4g}")
+        if not done.helped:
+            say(f"not lower: loss {done.after:.4g} after, {done.before:.4g} before; the weights of before were saved")
         say(f"saved:   {out}")
 
 

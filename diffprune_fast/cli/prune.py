@@ -36,6 +36,9 @@ from .app import (
 )
 from .loading import device_of, image_loader, load, scheduler_of
 
+# The scoring's state in --out while it isn't finished.
+STATE = "scoring.pt"
+
 if TYPE_CHECKING:
     from ..plan.plan import Plan
     from ..result import PruneResult
@@ -68,7 +71,7 @@ def trace(
 def prune(
     context: typer.Context,
     model_dir: ModelDir,
-    out: Annotated[Path, typer.Option(help="Folder for the pruned model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned model; an interrupted scoring there goes on.")],
     images: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -79,6 +82,14 @@ def prune(
     ratio: Annotated[Optional[float], typer.Option(help="Share of units to remove. Default: 0.3.")] = None,  # noqa: UP045
     params: Annotated[Optional[float], typer.Option(help="Parameters to keep: a share or a number.")] = None,  # noqa: UP045
     macs: Annotated[Optional[float], typer.Option(help="MACs to keep: a share or a number.")] = None,  # noqa: UP045
+    latency: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Share of a forward's time to keep, measured on the device, for one sample."),
+    ] = None,
+    memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Peak memory of a forward of one sample to keep: a share or bytes."),
+    ] = None,
     like: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="In place of a budget, a smaller config: '{\"block_out_channels\": [96, 192]}' or a file."),
@@ -132,9 +143,11 @@ def prune(
         from ..selection.budgets import parse_budgets
 
         ran = Ran(context)
-        check_out(out, model_dir, force)
-        budget = {"ratio": ratio, "params": params, "macs": macs}
+        check_out(out, model_dir, force, unfinished=STATE)
+        budget = {"ratio": ratio, "params": params, "macs": macs, "latency": latency, "memory": memory}
         parse_budgets(budget)
+        if dry_run and (latency is not None or memory is not None):
+            raise ValueError("--dry-run: time and memory are measured on the model itself, leave it out")
         if dry_run and like is not None:
             raise ValueError("--dry-run: with --like the sizes are those of the config")
         if dry_run:
@@ -149,6 +162,8 @@ def prune(
             ratio=ratio,
             params=params,
             macs=macs,
+            latency=latency,
+            memory=memory,
             like=_like(like),
             layout=layout,
             ranking=ranking,
@@ -168,12 +183,14 @@ def prune(
             min_samples=min(512, max_samples),
             max_samples=max_samples,
             seed=seed,
+            checkpoint=out / STATE,
             progress=not asked.quiet,
         )
         result.save_pretrained(out)
         if trained_with is not None and result.pipeline is None:
             trained_with.save_pretrained(out)
         ran.write(out, seed=seed)
+        (out / STATE).unlink(missing_ok=True)
         say(str(result))
         say(f"saved:  {out} (load it with {_way_toload(result, out)}({str(out)!r}))")
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from .app import RESULT, app, errors_in_one_line, say, write_json
+from .finetune import STATE as TRAINING
+from .prune import STATE as SCORING
 
 # Which stages are done, in the run's folder.
 STAGES = "stages.json"
@@ -26,12 +28,13 @@ NEEDED = ("model", "images", "out")
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its arguments, and what it writes. goes_on: it continues what it left unfinished there."""
+    """A command with its arguments, and what it writes. goes_on: the file there with which it continues what it left
+    unfinished."""
 
     name: str
     words: tuple[str, ...]
     out: Path
-    goes_on: bool = False
+    goes_on: str | None = None
 
     @property
     def line(self) -> str:
@@ -64,8 +67,7 @@ def run(
             if same and before.get("done") and stage.out.exists():
                 say(f"{i} of {len(stages)}, {stage.name}: done before")
                 continue
-            if not (same and stage.goes_on):
-                _removed(stage.out)
+            _make_room(stage, same)
             if stage.name == "evaluate dense":
                 _removed(folder / REFERENCE)  # it may be of other images or another extractor
             fresh = same  # after something that was asked for anew, everything is done anew
@@ -119,13 +121,15 @@ def stages_of(asked_for: Mapping[str, Any]) -> list[Stage]:
     compensates = not section["prune"].get("no_compensate")
     models = {"dense": Path(model)}
     if compensates:
-        stages.append(Stage("slice", command("prune", [model], sliced, {**of_prune, "no_compensate": True}), sliced))
+        stages.append(
+            Stage("slice", command("prune", [model], sliced, {**of_prune, "no_compensate": True}), sliced, SCORING)
+        )
         models["sliced"] = sliced
-    stages.append(Stage("prune", command("prune", [model], pruned, of_prune), pruned))
+    stages.append(Stage("prune", command("prune", [model], pruned, of_prune), pruned, SCORING))
     models["compensated" if compensates else "pruned"] = pruned
     if section["finetune"]:
         words = command("finetune", [str(pruned)], recovered, {"images": images, "teacher": model})
-        stages.append(Stage("finetune", words, recovered, goes_on=True))
+        stages.append(Stage("finetune", words, recovered, goes_on=TRAINING))
         models["recovered"] = recovered
     if section["sample"]:
         for name in ("dense", "recovered" if section["finetune"] else "pruned"):
@@ -201,6 +205,16 @@ def _removed(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _make_room(stage: Stage, same: bool) -> None:
+    """Nothing stays of what broke off but the state that the same command goes on from."""
+    state = stage.out / stage.goes_on if same and stage.goes_on is not None else None
+    if state is None or not state.is_file():
+        return _removed(stage.out)
+    for path in stage.out.iterdir():
+        if path != state:
+            _removed(path)
 
 
 def _finish(asked_for: Mapping[str, Any], config: Path) -> None:

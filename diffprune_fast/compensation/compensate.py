@@ -15,7 +15,8 @@ from ..choices import CompensationMode, check_choice
 from ..objective.checks import check_weights
 from ..objective.isolation import unwrapped
 from ..objective.loss import LossFunction
-from ..objective.ranks import together
+from ..objective.ranks import rank_and_count, together
+from ..progress import bar
 from ..scoring.checks import AUTOCAST
 from .calibration import Calibration, asleep, called, drawn
 from .consumers import Consumer, Kept, consumers, norms
@@ -98,7 +99,7 @@ def compensate(
             left for all places of the kernel, which is cheaper and leaves 1.5 to 2.4 times as much of the loss's
             excess; ``"auto"`` takes the first where it is estimated to end within ten minutes, or within twice the
             second's time.
-        samples: inputs to solve from; 128 if not given.
+        samples: inputs to solve from; if not given 128, or one for each rank where there are more.
         seed: the same one gives the same weights.
         ridge: what a change of the weights costs, as a share of the inputs' mean square.
         calibration: in place of a loader, forward calls of the model: tuples of positional arguments, dicts of named
@@ -142,7 +143,7 @@ def compensate(
                 loader,
                 scheduler=scheduler,
                 loss_fn=loss_fn,
-                samples=samples or SAMPLES,
+                samples=samples or max(SAMPLES, rank_and_count()[1]),
                 held_back=HELD_BACK,
                 seed=seed,
                 autocast=cast,
@@ -170,8 +171,6 @@ def _compensated(
     progress: bool,
 ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor | None]]]:
     """What is to be told, and the new weights of every layer; both models are as before."""
-    from tqdm.auto import tqdm
-
     with asleep(dense), asleep(pruned):
         works, forward, live = measured(dense, pruned, layers, data)
         device = next(pruned.parameters()).device
@@ -183,8 +182,8 @@ def _compensated(
         seen = [layer for layer in layers if layer.name in plan.forms]
         mixed = frozenset(n for n, form in plan.forms.items() if form == "channels")
         targets = record(dense, seen, data, rows=plan.rows, of_inputs=mixed, seed=seed, half=plan.half)
-        with tqdm(total=len(seen), desc="compensating", unit="layer", disable=not progress) as bar:
-            solver = Solver(pruned, dense, targets, plan.forms, ridge, bar.update)
+        with bar(desc="compensating", show=progress, total=len(seen), unit="layer") as shown:
+            solver = Solver(pruned, dense, targets, plan.forms, ridge, shown.update)
             solver.run(layers, data)
         after = data.loss(pruned) if solver.solved else before["sliced"]
     told = {

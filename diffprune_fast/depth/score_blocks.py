@@ -20,6 +20,7 @@ from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun
 from ..objective.randomness import own_randomness
 from ..plan.blocks import Block, Returns
+from ..progress import bar
 from ..scoring.checks import AUTOCAST, check_timesteps
 from ..scoring.estimators import CHECK_EVERY
 from ..scoring.score import counted_timesteps
@@ -119,18 +120,16 @@ def _walked_through(
     work: LossRun, measure: Any, allowed: np.ndarray, samples: int, micro_batch: int
 ) -> tuple[np.ndarray, int]:
     """``(n micro-batches, n_blocks)`` costs, and the samples used."""
-    from tqdm.auto import tqdm
-
     rows: list[Tensor] = []
     taken = 0
-    with measure, tqdm(total=samples, desc="scoring blocks", unit="sample", disable=not work.progress) as bar:
+    with measure, bar(desc="scoring blocks", show=work.progress, total=samples, unit="sample") as shown:
         while taken < samples:
             batch, t, noise = work.draw(len(rows), min(micro_batch, samples - taken), allowed)
             rows.append(measure.of(batch, t, noise))
             taken += count(batch)
             if len(rows) % CHECK_EVERY == 0 or taken >= samples:
                 work.check_losses()
-            bar.update(count(batch))
+            shown.update(count(batch))
     return torch.stack(rows).double().cpu().numpy(), taken
 
 

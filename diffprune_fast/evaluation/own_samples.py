@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..objective.checks import in_channels
 from ..objective.conditioning import config_of, is_autoencoder, read_batch, wants_labels
 from ..objective.loss import DEFAULT_TIMESTEPS, dtype_of, make_objective
 from ..objective.randomness import generator_for
+from ..progress import bar
 from .sampling import sample
 
 # The place of these samples in the seed's tree.
@@ -55,7 +55,7 @@ class MadeBatches(ABC):
 
     def make_all(self) -> None:
         """Make every batch now, for instance before the model is pruned."""
-        for _ in tqdm(self, "sampling", disable=not self._progress):
+        for _ in bar(self, desc="sampling", show=self._progress, unit="batch"):
             pass
 
     @abstractmethod
@@ -74,7 +74,7 @@ class MadeBatches(ABC):
                     "make_all() before, or give a loader"
                 )
             if self._progress and not self._made:
-                tqdm.write(f"sampling {self.n} images takes about {self.estimate():.0f} s", file=sys.stderr)
+                print(f"sampling {self.n} images takes about {self.estimate():.0f} s", file=sys.stderr)
             self._made[index] = self._make(index, min(self.batch, self.n - index * self.batch), self.steps)
         return self._given(self._made[index])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from .conditioning import SHARED
 from .forms import as_batch
 from .loss import images_of
 from .nested import tensors_in
+from .randomness import Stream
 from .ranks import compare_batch
 
 # Samples of a batch that is taken of one big tensor.
@@ -30,21 +32,34 @@ class Batches:
     """Batches of a loader, drawn for ever; its first batch is there, checked, before anything else happens.
 
     loader: any iterable of batches. A loader that is its own iterator (a generator) is walked once; what it yielded is
-    kept (up to ``CACHE_BYTES``) and seen again. check: called with every batch; raises for a bad one.
+    kept (up to ``CACHE_BYTES``) and seen again. check: called with every batch; raises for a bad one. seed: of what the
+    loader draws, whatever is drawn in between; None leaves it to the global generators.
 
     Raises ValueError for an empty loader, TypeError for something that isn't iterable.
     """
 
-    def __init__(self, loader: Iterable[Any], check: Callable[[Any], None]) -> None:
+    def __init__(self, loader: Iterable[Any], check: Callable[[Any], None], seed: int | None = None) -> None:
         self._loader, self._check = replayed(as_loader(loader)), check
-        self._iterator: Iterator[Any] = iter(self._loader)
+        self._numbers = nullcontext() if seed is None else Stream(seed)
+        with self._numbers:
+            self._iterator: Iterator[Any] = iter(self._loader)
         self._left: Any = None
+        self._passed_over: list[int] = []
         self.first = self._draw(empty=EMPTY)
         compare_batch(self.first)
         self._pending: list[Any] = [self.first]
 
     def take(self, size: int) -> Any:
         """The next ``size`` samples; fewer where batches can't be joined (images of another size, no tensors)."""
+        while self._passed_over:
+            self._take(self._passed_over.pop(0))
+        return self._take(size)
+
+    def pass_over(self, sizes: Iterable[int]) -> None:
+        """Leave out what ``take`` would give for these sizes, one after the other; read once something is taken."""
+        self._passed_over += sizes
+
+    def _take(self, size: int) -> Any:
         while self._left is None or count(self._left) < size:
             batch = self._pending.pop() if self._pending else self._draw()
             joined = batch if self._left is None else join(self._left, batch)
@@ -59,11 +74,13 @@ class Batches:
     def _draw(self, empty: str | None = None) -> Any:
         for attempt in (0, 1):
             try:
-                batch = as_batch(next(self._iterator))
+                with self._numbers:
+                    batch = as_batch(next(self._iterator))
             except StopIteration:
                 if attempt or empty:
                     break
-                self._iterator = iter(self._loader)
+                with self._numbers:
+                    self._iterator = iter(self._loader)
                 continue
             self._check(batch)
             return batch

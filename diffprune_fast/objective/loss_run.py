@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .batches import Batches, count
 from .loss import Objective
 from .nested import moved
-from .randomness import NOISE, TIMESTEPS, generator_for, stratified
+from .randomness import NOISE, TIMESTEPS, generator_for, seed_at, seed_globally, stratified
 
 
 def precision(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -67,7 +67,11 @@ class LossRun:
         self._failed.index_add_(0, t, (bad if bad.shape == t.shape else bad.any().expand(len(t))).int())
         return losses
 
-    def mean_loss(self, batch: Any, t: Tensor, noise: Tensor) -> Tensor:
+    def mean_loss(self, batch: Any, t: Tensor, noise: Tensor, place: tuple[int, ...] | None = None) -> Tensor:
+        """place: in the seed's tree, from where the loss itself may draw; so that it draws the same on any number of
+        ranks, and after a break."""
+        if place is not None:
+            seed_globally(seed_at(self.seed, *place))
         return self.losses(batch, t, noise).mean()
 
     def check_losses(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,22 @@ def of_first_rank(values: Tensor) -> Tensor:
     return values
 
 
+def told_by_first_rank(value: Any, device: torch.device) -> Any:
+    """What the first rank has, plain values and tensors of the CPU, on all of them; ``device``: where ranks meet.
+
+    Raises as :func:`reduced`.
+    """
+    rank, ranks = rank_and_count()
+    if ranks == 1:
+        return value
+    file = io.BytesIO()
+    if rank == 0:
+        torch.save(value, file)
+    size = of_first_rank(torch.tensor([file.tell()], device=device))
+    data = torch.frombuffer(bytearray(file.getvalue()) or bytearray(int(size)), dtype=torch.uint8).to(device)
+    return torch.load(io.BytesIO(of_first_rank(data).cpu().numpy().tobytes()), weights_only=True)
+
+
 def together(function: Callable[P, R]) -> Callable[P, R]:
     """For a function that all ranks call with the same arguments and end together; alone it is the function itself.
 
@@ -101,7 +118,17 @@ def together(function: Callable[P, R]) -> Callable[P, R]:
 def compare_batch(batch: Any) -> None:
     """Raise RankError where this rank's batch isn't that of the first one, inside :func:`together`."""
     if _Work.current is not None:
-        _Work.current.compare_values([_sampled(t) for t in tensors_in(batch)[:_TENSORS]])
+        _Work.current.compare_values(sampled(batch))
+
+
+def meet() -> None:
+    """Wait until all ranks are here, inside :func:`together`: before what waits for them without looking for news.
+
+    Raises RankError where one raised. It goes through the store, so that the group can be used afterwards; a reduction
+    that somebody left stays in it, which then is of no more use.
+    """
+    if _Work.current is not None:
+        _Work.current.meet("met")
 
 
 class _Work:
@@ -131,20 +158,26 @@ class _Work:
                     f"rank {self.rank} has {name}={about[name]!r}, rank 0 {theirs.get(name)!r}: all ranks make the "
                     "same call"
                 )
+        self.meet("met")
 
     def compare_values(self, values: Sequence[Mapping[str, Any]]) -> None:
         theirs = self._of_first(values)
-        same = len(theirs) == len(values) and all(_close(a, b) for a, b in zip(values, theirs))
-        if not same:
+        if not alike(values, theirs):
             raise RankError(
                 f"rank {self.rank}'s loader begins with another batch than rank 0's: give all ranks the same batches "
                 "in the same order (no DistributedSampler), they share the work among them"
             )
+        self.meet("met")
 
     def end(self) -> None:
         """Wait until all ranks are through."""
-        self._store.add("ended", 1)
-        self._until(lambda: self._store.add("ended", 0) >= self.ranks)
+        self.meet("ended")
+
+    def meet(self, where: str) -> None:
+        self._told += 1
+        key = f"{where}/{self._told}"
+        self._store.add(key, 1)
+        self._until(lambda: self._store.add(key, 0) >= self.ranks)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others, unless one of them was first."""
@@ -206,7 +239,12 @@ def _plain(value: Any) -> Any:
     return [kind, value.hash] if isinstance(getattr(value, "hash", None), str) else kind
 
 
-def _sampled(tensor: Tensor) -> dict[str, Any]:
+def sampled(batch: Any) -> list[dict[str, Any]]:
+    """The shapes of a batch's tensors and some of their values, by which it can be known again."""
+    return [sampled_tensor(x) for x in tensors_in(batch)[:_TENSORS]]
+
+
+def sampled_tensor(tensor: Tensor) -> dict[str, Any]:
     """A tensor's shape and some values from all over it."""
     flat = tensor.detach().reshape(-1)
     at = torch.linspace(0, max(0, flat.numel() - 1), min(_VALUES, flat.numel()), dtype=torch.float64).long()
@@ -214,8 +252,13 @@ def _sampled(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "values": values.double().nan_to_num().cpu().tolist()}
 
 
-def _close(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def alike(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], tolerance: float = _TOLERANCE) -> bool:
+    """Whether what was sampled of tensors is the same, up to ``tolerance`` of each one's largest value."""
+    return len(a) == len(b) and all(_close(x, y, tolerance) for x, y in zip(a, b))
+
+
+def _close(a: Mapping[str, Any], b: Mapping[str, Any], tolerance: float) -> bool:
     if a["shape"] != b["shape"]:
         return False
     x, y = np.array(a["values"]), np.array(b["values"])
-    return not x.size or bool(np.abs(x - y).max() <= _TOLERANCE * np.abs(y).max())
+    return not x.size or bool(np.abs(x - y).max() <= tolerance * np.abs(y).max())

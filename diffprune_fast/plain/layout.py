@@ -38,6 +38,8 @@ class Layout(Like):
         self, model: nn.Module, budget: Mapping[str, Any], steps: int, norm_groups: NormGroups, **options: Any
     ) -> None:
         self.model, self.steps, self.budget = model, steps, parse_budget(budget)
+        if self.budget.kind not in ("ratio", "params", "macs"):
+            raise ValueError(f"layout='config' goes with ratio, params or macs, not with {self.budget.kind}")
         round_to, most = options.pop("round_to", 8) or 1, options.pop("max_ratio", 0.9)
         self.knobs: Knobs = knobs_of(model, round_to, most)
         self.options = {"norm_groups": norm_groups, **options}

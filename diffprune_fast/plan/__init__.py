@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from .blocks import Block
 from .constraints import violations
+from .fixes import NormFix, ScaleFix
 from .keep_sets import Sliced, sliced_shapes
 from .lattice import Lattice, lattice
 from .masks import keep_from_masks
-from .plan import Attribute, Complexity, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix, unreached
+from .plan import Attribute, Complexity, Constraint, Cost, Extents, Group, Member, Plan, unreached
 
 __all__ = [
     "Attribute",
@@ -19,6 +20,7 @@ __all__ = [
     "Group",
     "Lattice",
     "Member",
+    "NormFix",
     "Plan",
     "ScaleFix",
     "Sliced",

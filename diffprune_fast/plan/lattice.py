@@ -39,8 +39,8 @@ class Lattice:
         return np.bincount(self.atom_group, weights=self.atom_size, minlength=len(self.cluster)).astype(np.int64)
 
     def counts(self, chosen: np.ndarray) -> np.ndarray:
-        """Kept units per group when cluster ``c`` keeps ``chosen[c]`` of its levels."""
-        return self.group_sizes * chosen[self.cluster] // self.levels[self.cluster]
+        """Kept units per group when cluster ``c`` keeps ``chosen[..., c]`` of its levels."""
+        return self.group_sizes * chosen[..., self.cluster] // self.levels[self.cluster]
 
 
 def lattice(plan: Plan, norm_groups: NormGroups = "count", round_to: int = 1) -> Lattice:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from .fixes import NormFix, ScaleFix
+
 FORMAT = 1
 
 
@@ -65,21 +67,6 @@ class Constraint:
     kind: str
     place: str
     rows: np.ndarray
-
-
-@dataclass(frozen=True)
-class ScaleFix:
-    """A softmax whose scale follows the head size: what to multiply when head dims are removed.
-
-    place: the attention product. n_dims: the head size before. units: ``(n_dims,)``, the plan-wide units of one head's
-    dims, -1 for those that always stay. targets: each ``(parameter, rows)`` is multiplied by
-    ``sqrt(kept / n_dims)``, where ``kept`` is how many of ``units`` stay.
-    """
-
-    place: str
-    n_dims: int
-    units: np.ndarray
-    targets: tuple[tuple[str, np.ndarray], ...]
 
 
 @dataclass(frozen=True)
@@ -144,6 +131,7 @@ class Plan:
     floating-point buffer, by its first name; buffers: which of them are buffers. scale_fixes: weights that take a
     factor when head dims go. attributes: what else in the modules follows a width. costs: the operations of one forward
     of the example inputs; extents: the widths that costs and attributes speak of. notes: what else reads channels.
+    norm_fixes: weights by their norm (weight_norm), which take a factor when inputs go.
     """
 
     model_class: str
@@ -157,6 +145,7 @@ class Plan:
     costs: tuple[Cost, ...] = ()
     extents: Extents = field(default_factory=lambda: Extents(np.zeros(0), np.zeros((0, 0))))
     notes: tuple[str, ...] = ()
+    norm_fixes: tuple[NormFix, ...] = ()
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -358,6 +347,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
             "entries": [rows.tolist(), cols.tolist(), plan.extents.per_group[rows, cols].tolist()],
         },
         **({"notes": list(plan.notes)} if plan.notes else {}),
+        **({"norm_fixes": [[f.gain, f.direction] for f in plan.norm_fixes]} if plan.norm_fixes else {}),
     }
 
 
@@ -388,6 +378,7 @@ def _decode(d: Mapping[str, Any]) -> Plan:
         costs=tuple(Cost(p, s, tuple(e), a) for p, s, e, a in d["costs"]),
         extents=Extents(base, per_group),
         notes=tuple(d.get("notes", ())),
+        norm_fixes=tuple(NormFix(*f) for f in d.get("norm_fixes", ())),
     )
 
 

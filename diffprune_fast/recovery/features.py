@@ -120,13 +120,21 @@ def _pruned_by(model: nn.Module, teacher: nn.Module, example_inputs: Any) -> tup
     about = record_of(model).about
     if not about.get("keep"):
         raise ValueError(f"this {type(model).__name__} has no record of a pruning: its features have no counterparts")
-    for units in ("auto", "dims", "heads"):
-        plan = trace(teacher, example_inputs, units=units)
-        if plan.hash == about["plan"]:
-            return plan, {name: unpack_runs(runs) for name, runs in about["keep"].items()}
+    keep = {name: unpack_runs(runs) for name, runs in about["keep"].items()}
+    plans = [trace(teacher, example_inputs, units=units) for units in ("auto", "dims", "heads")]
+    # A plan of other example inputs has other costs, so its hash may differ: then the same groups are enough.
+    for plan in sorted(plans, key=lambda plan: plan.hash != about["plan"]):
+        if plan.hash == about["plan"] or _has_groups(plan, keep):
+            return plan, keep
     raise ValueError(
         f"this {type(model).__name__} wasn't pruned from the teacher as it is now: their features can't be matched"
     )
+
+
+def _has_groups(plan: Plan, keep: Mapping[str, np.ndarray]) -> bool:
+    """Whether ``keep`` is a keep-set of this plan's groups."""
+    units = {group.name: group.n_units for group in plan.groups}
+    return units.keys() == keep.keys() and all(kept.max() < units[name] for name, kept in keep.items())
 
 
 def _channels_of(layer: nn.Module) -> int:

@@ -16,15 +16,18 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ..architectures.inputs import knows_inputs
 from ..choices import RecoveryLoss
 from ..objective.batches import as_loader
-from ..objective.checks import check_batch
+from ..objective.calls import first_call
+from ..objective.checks import check_batch, check_whole
 from ..objective.forms import as_batch
 from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.randomness import own_randomness
-from ..objective.ranks import rank_and_count
+from ..objective.ranks import meet, rank_and_count, together
 from .distillation import StepLoss, find_teacher
+from .guard import Guard, can_look_twice
 from .losses import step_loss_of
 from .position import Position
 from .progress import Progress
@@ -36,11 +39,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """losses: every step's loss, on its own batch. seconds: wall clock. resumed: steps that were there already."""
+    """losses: every step's loss, on its own batch. seconds: wall clock. resumed: steps that were there already.
+
+    before, after: the same loss on 128 samples of the loader, with the same noise, of the model as it came and as it
+    ended; None without the guard. helped: False where that isn't lower, and the weights are those of before.
+    """
 
     losses: tuple[float, ...]
     seconds: float
     resumed: int = 0
+    before: float | None = None
+    after: float | None = None
+    helped: bool = True
 
 
 # Adam's largest rate. Towards the noise: the authors'. Towards a teacher: a small DiT at half its MACs, compensated,
@@ -69,6 +79,7 @@ def finetune(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
     accelerator: Accelerator | None = None,
+    guard: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Finetuned:
@@ -76,7 +87,8 @@ def finetune(
 
     Parameters without ``requires_grad`` stay as they are; the global random state too. Timesteps are stratified within
     a batch. Started by ``accelerate launch`` (or torchrun) on several processes, each takes its part of every batch:
-    the result is that of one process, up to rounding and dropout. There the model goes to its process's device.
+    the result is that of one process, up to rounding and dropout. There the model goes to its process's device;
+    settings or loaders that differ are found at the start, and a process that raises takes the others along.
 
     Args:
         model: a denoiser or an autoencoder, pruned or not.
@@ -109,6 +121,9 @@ def finetune(
         accelerator: one of your own: its trackers get every step's loss, gradient norm and rate
             (``Accelerator(log_with="tensorboard", project_dir=…)``), its mixed precision is used (float16 with loss
             scaling too); None makes one.
+        guard: the loss is looked at before and after, on samples of the loader, and where it isn't lower the model gets
+            back the weights that it had: a few steps make a compensated model worse. Not with a loader that can be
+            iterated only once.
         seed: of timesteps and noise.
         progress: False shows none: a bar in a terminal, else a line every tenth of the steps.
 
@@ -131,6 +146,62 @@ def finetune(
     Source: the finetuning of Fang et al., 2023 (Adam, clip 1, EMA 0.9999), with a schedule for short runs; Hinton et
     al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
     """
+    check_whole(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with _accelerating(accelerator, device) as found:
+        return _finetune(
+            model,
+            loader,
+            scheduler,
+            steps=steps,
+            lr=lr,
+            teacher=teacher,
+            teacher_share=teacher_share,
+            loss=loss,
+            warmup=warmup,
+            schedule=schedule,
+            clip=clip,
+            ema=ema,
+            accumulate=accumulate,
+            gradient_checkpointing=gradient_checkpointing,
+            loss_fn=loss_fn,
+            autocast=autocast,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            accelerator=found,
+            guard=guard,
+            seed=seed,
+            progress=progress,
+        )
+
+
+@together
+def _finetune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    scheduler: Any,
+    *,
+    steps: int,
+    lr: float | None,
+    teacher: nn.Module | str | os.PathLike[str] | None,
+    teacher_share: float,
+    loss: RecoveryLoss | StepLoss | None,
+    warmup: int | None,
+    schedule: str,
+    clip: float,
+    ema: float,
+    accumulate: int,
+    gradient_checkpointing: bool,
+    loss_fn: LossFunction | None,
+    autocast: torch.dtype | None,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: int,
+    accelerator: Accelerator,
+    guard: bool,
+    seed: int,
+    progress: bool,
+) -> Finetuned:
+    """:func:`finetune`, once the processes know of each other."""
     lr = (LEARNING_RATE if teacher is None else LEARNING_RATE_WITH_TEACHER) if lr is None else lr
     warmup = min(500, steps // 10) if warmup is None else warmup
     _check_settings(steps, lr, warmup, clip, ema, teacher_share, teacher is not None)
@@ -140,13 +211,15 @@ def finetune(
     objective = make_objective(model, scheduler, loss_fn)
     start = time.perf_counter()
     with ExitStack() as stack:
-        accelerator = stack.enter_context(_accelerating(accelerator, parameters[0].device))
         if accelerator.num_processes > 1:
             model.to(accelerator.device)
         autocast = _OF_ACCELERATE.get(accelerator.mixed_precision) if autocast is None else autocast
         if teacher is not None:
             teacher = stack.enter_context(in_mode(find_teacher(teacher, model), training=False))
-        minimised = step_loss_of(loss, model, teacher, objective, teacher_share, autocast)
+        example = None
+        if loss == "features" and teacher is not None and not knows_inputs(teacher):
+            example, loader = first_call(teacher, as_loader(loader), scheduler=scheduler, loss_fn=loss_fn, seed=seed)
+        minimised = step_loss_of(loss, model, teacher, objective, teacher_share, autocast, example)
         stack.enter_context(in_mode(model, training=teacher is None))
         if gradient_checkpointing:
             stack.enter_context(_checkpointing(model))
@@ -159,6 +232,16 @@ def finetune(
             **{"teacher_share": teacher_share if teacher is not None else None, **asdict(settings)},
             "loss": loss if loss is None or isinstance(loss, str) else type(loss).__name__,
         }
+        look = None
+        if guard and can_look_twice(loader):
+            own = callable(loss) or loss_fn is not None
+            look = Guard(
+                *(model, as_loader(loader), lambda b: check_batch(unwrapped(model), b, loss_fn), objective),
+                *(minimised, autocast, seed),
+                differentiates=own,
+            )
+        before = None if look is None else look.loss()
+        meet()  # accelerate waits without looking for news
         step_loss, prepared = accelerator.prepare(Step(model, minimised, autocast), optimizer)
         training = Training(
             model=model,
@@ -177,7 +260,11 @@ def finetune(
         resumed = 0 if path is None else training.load(path, about)
         shown = progress and accelerator.is_main_process
         training.run(Progress("finetuning", steps, resumed, show=shown), path, checkpoint_every, about)
-    return Finetuned(tuple(training.losses), time.perf_counter() - start, resumed)
+        after = None if look is None else look.loss()
+        helped = before is None or after is None or after < before
+        if look is not None and not helped:
+            look.put_back()
+    return Finetuned(tuple(training.losses), time.perf_counter() - start, resumed, before, after, helped)
 
 
 # Ways of accelerate to spread one model's weights over processes: their state isn't saved and resumed here yet.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,9 +24,13 @@ def step_loss_of(
     objective: Objective,
     share: float,
     autocast: torch.dtype | None,
+    example_inputs: Any = None,
 ) -> StepLoss:
     """The loss of that name, or the callable as it is. Raises ValueError for an unknown name, a teacher that is lacking
-    or that nobody would ask, and a model whose features can't be matched with the teacher's."""
+    or that nobody would ask, and a model whose features can't be matched with the teacher's.
+
+    example_inputs: of the teacher's forward, for "features", where its class isn't known.
+    """
     if callable(loss):
         return loss
     name: RecoveryLoss = loss or ("noise" if teacher is None else "distillation")
@@ -35,7 +41,7 @@ def step_loss_of(
     if teacher is None:
         return objective.loss
     if name == "features":
-        layers = shared_layers(model, teacher)
+        layers = shared_layers(model, teacher, example_inputs)
         return FeatureDistillation(teacher, objective, share, autocast, layers=layers)
     if name == "second-order":
         if objective.kind in ("reconstruction", "loss_fn"):

@@ -14,15 +14,18 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ..checkpoint.state import read_state, write_state
 from ..objective.batches import count, part
+from ..objective.image_range import check_range_by_loss
+from ..objective.isolation import unwrapped
 from ..objective.loss import Objective
 from ..objective.loss_run import precision
 from ..objective.nested import moved
 from ..objective.randomness import NOISE, TIMESTEPS, Stream, generator_for, stratified
+from ..objective.ranks import compare_batch, reduced
 from .distillation import StepLoss
 from .position import Position
 from .progress import Progress
-from .state import read_state, write_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,6 +80,7 @@ class Training:
 
     def __post_init__(self) -> None:
         draws = generator_for(self.settings.seed, DROPOUT, self.accelerator.process_index)
+        self._begun = False
         self._dropout = Stream(int(torch.randint(2**31, (), generator=draws)))
 
     def run(self, progress: Progress, checkpoint: Path | None, every: int, about: Mapping[str, Any]) -> None:
@@ -96,10 +100,15 @@ class Training:
         parts = self.settings.accumulate
         total = torch.zeros((), dtype=torch.float64)
         for i in range(parts):
-            with self._apart() if i + 1 < parts else nullcontext():
-                total += self._backward(n * parts + i) / parts
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total.to(self.device), "sum")
+            last = i + 1 == parts
+            with nullcontext() if last else self._apart():
+                value, share = self._loss(n * parts + i)
+                total += value.detach().cpu().double() * share / parts
+                if last and self.accelerator.num_processes > 1:
+                    # Backward exchanges gradients, where nobody looks for news of a process that raised: all come here.
+                    total = reduced(total.to(self.device))
+                # Gradients are averaged over the processes.
+                self.accelerator.backward(value * share * self.accelerator.num_processes / parts)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
         loss = self._finite(float(total), float(norm), n)
         self.optimizer.step()
@@ -109,9 +118,13 @@ class Training:
         self.losses.append(loss)
         return loss, float(norm)
 
-    def _backward(self, k: int) -> Tensor:
-        """The gradients of batch ``k``; gives this process's share of its loss, on the host."""
+    def _loss(self, k: int) -> tuple[Tensor, float]:
+        """The loss of this process's part of batch ``k``, and its share of that."""
         batch = next(self.position)
+        if not self._begun:
+            compare_batch(batch)
+            check_range_by_loss(unwrapped(self.model), self.objective, batch)
+            self._begun = True
         rank, ranks, n = self.accelerator.process_index, self.accelerator.num_processes, count(batch)
         if n < ranks:
             raise ValueError(f"the loader yields batches of {n}, which {ranks} processes share: give larger ones")
@@ -120,12 +133,10 @@ class Training:
         t = stratified(np.arange(self.objective.n_timesteps), n, generator_for(seed, TIMESTEPS, k))[rows].to(device)
         noise = self.objective.noise(batch, generator_for(seed, NOISE, k))[rows].to(device)
         mine = moved(part(batch, rows.start, rows.stop) if ranks > 1 else batch, device)
+        reduced(torch.zeros((), device=device))  # the forward may exchange buffers, where nobody looks for news
         with self._dropout:
             value = self.step_loss(mine, t, noise)
-        share = (rows.stop - rows.start) / n
-        # Gradients are averaged over the processes.
-        self.accelerator.backward(value * share * ranks / self.settings.accumulate)
-        return value.detach().cpu().double() * share
+        return value, (rows.stop - rows.start) / n
 
     def _apart(self) -> AbstractContextManager[Any]:
         """Gradients stay with this process: others are yet to be added."""

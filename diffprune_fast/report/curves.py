@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .figures import INK, blank_figure, plain_axes
+from .figures import ACCENT, HALF, INK, MUTED, blank_figure, log_losses, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# The colours of the models between the first and the last.
+BETWEEN = ("#d97706", "#059669", "#c026d3", "#0891b2")
 # Steps that a point of a training's curve is the mean of, at most so many points.
 POINTS = 200
 
@@ -37,17 +39,17 @@ def training_curve(losses: Sequence[float]) -> Figure:
         raise ValueError("there is no loss to show")
     parts = np.array_split(values, min(POINTS, max(1, values.size // 5)))
     ends = np.cumsum([len(part) for part in parts])
-    figure = blank_figure(6.4, 3.0)
+    figure = blank_figure(*HALF)
     axes = figure.subplots()
     plain_axes(axes)
-    axes.plot(ends, [part.mean() for part in parts], color="#2563eb", linewidth=1.4)
+    axes.plot(ends, [part.mean() for part in parts], color=ACCENT, linewidth=1.4)
     axes.set_xlabel("step", fontsize=9, color=INK)
     axes.set_ylabel("loss", fontsize=9, color=INK)
     return figure
 
 
 def timestep_curves(losses: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Several models' losses over the timesteps.
+    """Several models' losses over the timesteps; the first, the original, dashed, and the last drawn strongest.
 
     Args:
         losses: name of a model to ``(first timestep of a part, loss there)``, as ``evaluation.loss_by_timestep`` gives.
@@ -65,12 +67,15 @@ def timestep_curves(losses: Mapping[str, Sequence[tuple[int, float]]]) -> Figure
     """
     if not losses:
         raise ValueError("there is no model to show")
-    figure = blank_figure(6.4, 3.0)
+    figure = blank_figure(*HALF)
     axes = figure.subplots()
     plain_axes(axes)
-    for name, points in losses.items():
-        axes.plot([t for t, _ in points], [x for _, x in points], marker="o", markersize=3, linewidth=1.2, label=name)
-    axes.set_yscale("log")
+    for i, (name, points) in enumerate(losses.items()):
+        last = i == len(losses) - 1
+        (line,) = axes.plot([t for t, _ in points], [x for _, x in points], marker="o", markersize=3, label=name)
+        line.set(color=MUTED if i == 0 else ACCENT if last else BETWEEN[(i - 1) % len(BETWEEN)])
+        line.set(linewidth=1.8 if last else 1.1, linestyle="--" if i == 0 else "-")
+    log_losses(axes)
     axes.set_xlabel("timestep t", fontsize=9, color=INK)
     axes.set_ylabel("loss", fontsize=9, color=INK)
     axes.legend(frameon=False, fontsize=8)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ..scoring.scores import LossCurve
 
 
-INK, ACCENT, PALE, MUTED = "#1f2933", "#2563eb", "#dbe4f3", "#6b7785"
+INK, ACCENT, PALE, MUTED = "#1f2933", "#2563eb", "#cfdaee", "#6b7785"
+# Inches of a chart that has a page's half for itself.
+HALF = (5.2, 3.0)
 
 
 def blank_figure(width: float, height: float) -> Figure:
@@ -31,6 +33,16 @@ def plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=INK, labelsize=8)
+
+
+def log_losses(axes: Axes) -> None:
+    """A logarithmic axis of losses, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def sample_grids(grids: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]], *, columns: int = 8) -> Figure:
@@ -107,7 +119,7 @@ def loss_curve(curve: LossCurve) -> Figure:
         'log'
     """
     timesteps, relative = np.asarray(curve.timesteps), np.asarray(curve.relative)
-    figure = blank_figure(6.4, 3.0)
+    figure = blank_figure(*HALF)
     axes = figure.subplots()
     plain_axes(axes)
     axes.plot(timesteps, relative, color=ACCENT, marker="o", markersize=3.5, linewidth=1.4)
@@ -138,7 +150,7 @@ def loss_curve(curve: LossCurve) -> Figure:
 
 
 def kept_channels(plan: Plan, keep: Mapping[str, np.ndarray]) -> Figure:
-    """One bar per group: how many of its units stay, of how many.
+    """One bar per group, in the order in which a forward reaches them: how many of its units stay, of how many.
 
     Args:
         plan: what :func:`diffprune_fast.trace` gave.
@@ -158,10 +170,11 @@ def kept_channels(plan: Plan, keep: Mapping[str, np.ndarray]) -> Figure:
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['4 of 16']
     """
-    names = [group.name for group in plan.groups]
-    if not names:
+    if not plan.groups:
         raise ValueError("the plan has no groups: nothing in this model can be removed")
-    full, kept = plan.counts(), plan.counts(keep)
+    order = _forward_order(plan)
+    names = [plan.groups[i].name for i in order]
+    full, kept = plan.counts()[order], plan.counts(keep)[order]
     share = kept / full
     place = np.arange(len(names))
     figure = blank_figure(7.6, 0.21 * len(names) + 0.6)
@@ -179,6 +192,15 @@ def kept_channels(plan: Plan, keep: Mapping[str, np.ndarray]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return figure
+
+
+def _forward_order(plan: Plan) -> np.ndarray:
+    """The groups' indices by the first operation that has a width of theirs; those of none come last."""
+    first = np.full(len(plan.groups), len(plan.costs))
+    for step, cost in enumerate(plan.costs):
+        reached = (plan.extents.per_group[list(cost.extents)] != 0).any(axis=0)
+        first[reached] = np.minimum(first[reached], step)
+    return np.argsort(first, kind="stable")
 
 
 def tradeoff(
@@ -211,6 +233,6 @@ def tradeoff(
         line.set(color=ACCENT if last else MUTED, linewidth=1.8 if last else 1.0)
     axes.set_xlabel(f"share of the {cost}", color=INK, fontsize=9)
     axes.set_ylabel("loss", color=INK, fontsize=9)
-    axes.set_yscale("log")
+    log_losses(axes)
     axes.legend(frameon=False, fontsize=8)
     return figure

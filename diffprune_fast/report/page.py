@@ -8,16 +8,20 @@ import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..checkpoint.manifest import versions
+from .figures import HALF
 from .table import Measured, lines, seeds_in_words, stages_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Pixels of the page for an inch of a figure; its PNG has twice as many for fine screens.
+PIXELS = 100
 
 
 class Told(Protocol):
@@ -85,7 +89,7 @@ def write_report(
         headline=headline(rows),
         code=code or {},
         data=", ".join(path.with_suffix(suffix).name for suffix in (".json", ".csv")),
-        figures=[(heading, embedded(figure), text) for heading, (figure, text) in figures.items()],
+        figures=[(heading, drawn(figure), text) for heading, (figure, text) in figures.items()],
         facts={**(result.facts() if result is not None else {}), **(notes or {}), **made_with()},
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -132,11 +136,25 @@ def headline(rows: Sequence[Measured]) -> list[tuple[str, str]]:
     return top
 
 
-def embedded(figure: Figure) -> str:
-    """The figure as a ``data:`` address of a PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on the page. address: a ``data:`` address of its PNG. width: in pixels of the page, where there is room.
+    photographic: it shows images, whose colours a dark page leaves alone. wide: it has a line for itself.
+    """
+
+    address: str
+    width: int
+    photographic: bool
+    wide: bool
+
+
+def drawn(figure: Figure) -> Drawn:
+    """The figure as the page shows it: charts without ground of their own, so that they are dark on a dark page."""
+    buffer, photographic = io.BytesIO(), any(axes.images for axes in figure.axes)
+    figure.savefig(buffer, format="png", dpi=2 * PIXELS, transparent=not photographic)
+    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    width = figure.get_figwidth()
+    return Drawn(address, round(width * PIXELS), photographic, wide=photographic or width > HALF[0])
 
 
 def made_with() -> dict[str, str]:

@@ -49,8 +49,8 @@ DASH = "–"
 
 
 # Decimals of the figures whose size is known; others get three digits.
-DECIMALS = {"loss": 4, "SSIM": 3, "Fréchet distance": 1}
-HIGHER_IS_BETTER = frozenset({"SSIM"})
+DECIMALS = {"loss": 4, "SSIM": 3, "Fréchet distance": 1, "precision": 3, "recall": 3, "LPIPS": 3, "CLIP score": 1}
+HIGHER_IS_BETTER = frozenset({"SSIM", "precision", "recall", "CLIP score"})
 
 
 WIDTH = 110
@@ -65,13 +65,14 @@ def lines(rows: Sequence[Measured]) -> list[Line]:
     """The table of ``rows``, a column for each: what they cost, then every metric at every stage.
 
     Sizes stand beside their share of the first row's. The best of a line is sought among the models after the first,
-    which is the original; where the cells show the same, all of them are.
+    which is the original; where two show the same, both are, and where all do, none. What no model has, has no line.
     """
     names = stages_of(rows) or [""]
-    metrics = list(dict.fromkeys(m for row in rows for figures in row.stages.values() for m in figures))
+    most = sorted(rows, key=lambda row: -max(map(len, row.stages.values()), default=0))  # what all lack has their order
+    metrics = list(dict.fromkeys(m for row in most for figures in row.stages.values() for m in figures))
     plain = tuple(False for _ in rows)
     found = [
-        Line("params", tuple(_size(row.params, rows[0].params) for row in rows), plain),
+        Line("parameters", tuple(_size(row.params, rows[0].params) for row in rows), plain),
         Line("MACs", tuple(_size(row.macs, rows[0].macs) for row in rows), plain),
         _line("s/image", [row.seconds_per_image for row in rows], None, higher=False),
     ]
@@ -81,9 +82,17 @@ def lines(rows: Sequence[Measured]) -> list[Line]:
             heading = f"{metric}, {stage}" if stage else metric
             line = _line(heading, figures, DECIMALS.get(metric), higher=metric in HIGHER_IS_BETTER)
             spread = [row.deviation(stage, metric) for row in rows]
-            cells = (cell if x is None else f"{cell} ± {x:.2g}" for cell, x in zip(line.cells, spread))
-            found.append(replace(line, cells=tuple(cells)))
-    return found
+            found.append(replace(line, cells=tuple(map(_with_spread, line.cells, spread))))
+    return [line for line in found if set(line.cells) != {DASH}]
+
+
+def _with_spread(cell: str, deviation: float | None) -> str:
+    """``0.0313 ± 0.0016``: the deviation has the decimals of the figure, where it shows at all in so many."""
+    if deviation is None or cell == DASH:
+        return cell
+    decimals = 0 if "e" in cell else len(cell.partition(".")[2])
+    text = f"{deviation:.{decimals}f}"
+    return f"{cell} ± {text if float(text) or not deviation else format(deviation, '.1g')}"
 
 
 def _line(heading: str, figures: Sequence[float | None], decimals: int | None, *, higher: bool) -> Line:
@@ -92,6 +101,8 @@ def _line(heading: str, figures: Sequence[float | None], decimals: int | None, *
     if len(pruned) < 2:
         return Line(heading, cells, tuple(False for _ in figures))
     top = cells[1:][figures[1:].index((max if higher else min)(pruned))]
+    if all(cell in (top, DASH) for cell in cells[1:]):
+        top = ""
     return Line(heading, cells, (False, *(cell == top for cell in cells[1:])))
 
 

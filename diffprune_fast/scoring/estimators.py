@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..objective.batches import count
 from ..objective.loss_run import LossRun
+from ..objective.randomness import DRAWN_BY_LOSS
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import BoundScores
 from ..plan.plan import Plan
+from ..progress import bar
 from .scores import keep_set_agreement
+from .state import State
 from .tables import UnitTable
 
 # Gradients are turned into scores when this much of them has gathered: enough for one launch to be worth it.
@@ -101,6 +104,11 @@ class MicroScores:
     def total(self) -> Tensor:
         return self.halves().sum(0)
 
+    def restore(self, halves: Tensor) -> None:
+        """Begin with sums of before, those of all ranks together."""
+        if rank_and_count()[0] == 0:
+            self._halves.copy_(halves)
+
     def _arrived(self, name: str, p: Tensor) -> None:
         assert p.grad is not None
         self._waiting.append(name)
@@ -167,38 +175,52 @@ def until_agreed(
     agreement: float,
     agreement_ratio: float,
     split_ranks: bool,
+    state: State,
 ) -> tuple[np.ndarray, int, float | None]:
     """Feed micro-batches to ``collector`` until its halves' keep-sets agree twice running.
 
     At least ``min_samples`` and 16 micro-batches, at most ``max_samples``. Returns the scores per micro-batch,
     ``(n_units,)``; the samples used, of all ranks; the last agreement (None for a single micro-batch).
-    """
-    from tqdm.auto import tqdm
 
+    state: goes on from there; the sums of "mean", gradients of the whole model, are not kept half-way.
+    """
     most = max(1, -(-max_samples // micro_batch))
     least = min(most, max(MIN_BATCHES, -(-min_samples // micro_batch)))
     rank, ranks = rank_and_count() if split_ranks else (0, 1)
-    samples, good, found = 0, 0, None
-    with tqdm(total=most * micro_batch, desc="scoring", unit="sample", disable=not work.progress or rank > 0) as bar:
-        for k in range(most):
+    samples, good, found, done, enough = 0, 0, None, 0, False
+    before = state.so_far("scores")
+    if before is not None:
+        samples, good, found, done, enough = (before[x] for x in ("samples", "good", "found", "done", "enough"))
+        work.batches.pass_over([micro_batch] * done)
+        if "values" in before:
+            return before["values"].numpy(), samples, found
+        if isinstance(collector, MicroScores):
+            collector.restore(before["halves"])
+    show = work.progress and rank == 0
+    with bar(desc="scoring", show=show, initial=samples, total=most * micro_batch, unit="sample") as shown:
+        while done < most and not enough:
+            k, done = done, done + 1
             batch, t, noise = work.draw(k, micro_batch, allowed)
             if k % ranks == rank:
-                collector.add(k, partial(work.mean_loss, batch, t, noise))
+                collector.add(k, partial(work.mean_loss, batch, t, noise, (DRAWN_BY_LOSS, 0, k)))
             samples += count(batch)
-            bar.update(count(batch))
-            done = k + 1
+            shown.update(count(batch))
             if done % CHECK_EVERY and done != most:
                 continue
             work.check_losses()
             if done > 1:
-                a, b = collector.halves().double().cpu().numpy()
+                halves = collector.halves()
+                a, b = halves.double().cpu().numpy()
                 found = keep_set_agreement(work.plan, a, b, agreement_ratio)
-                bar.set_postfix(agreement=f"{found:.3f}")
+                shown.set_postfix(agreement=f"{found:.3f}")
                 good = good + 1 if found >= agreement else 0
-            if done >= least and good >= 2:
-                bar.total = bar.n
-                break
+            enough = done >= least and good >= 2
+            known: dict[str, Any] = {"samples": samples, "good": good, "found": found, "done": done, "enough": enough}
+            if done > 1 and isinstance(collector, MicroScores):
+                state.note("scores", **known, halves=halves)
+        shown.total = shown.n
         total = collector.total().double().cpu().numpy() / done
+    state.note("scores", now=True, **known, values=torch.from_numpy(total))
     return total, samples, found
 
 

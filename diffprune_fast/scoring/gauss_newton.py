@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from ..architectures.layers import CONVOLUTIONS, TRANSPOSED
 from ..objective.batches import count
 from ..objective.outputs import outputs_seen
-from ..objective.randomness import generator_for
+from ..objective.randomness import DRAWN_BY_LOSS, generator_for
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..plan.plan import Member, Plan
+from ..progress import bar
 from .estimators import BUCKET_BYTES, GradientHooks, Work, add_scores
+from .state import State
 from .tables import UnitTable, unit_table
 
 # The probes' place in the seed's tree; the others are in objective.randomness and score.
@@ -32,6 +34,8 @@ PROBES = 4
 # before any compensation; the same passes as the loss's, above its threshold, in draws of 32: 0.089).
 SAMPLES_OF_A_DRAW = 4
 SAMPLES = 512
+# Draws between two times that the ranks add up what they have, where it is to be kept.
+CHECK_EVERY = 16
 
 
 def consumer_table(plan: Plan, model: nn.Module) -> UnitTable:
@@ -46,20 +50,27 @@ def consumer_members(plan: Plan, model: nn.Module) -> dict[str, list[Member]]:
     reads through weights (queries and keys meet each other) has the rows of one layer that makes it, with their bias:
     ``q * dL/dq`` summed over a sample is ``k * dL/dk``, so one side says it all.
     """
-    modules = dict(model.named_modules())
+    modules, by_norm = dict(model.named_modules()), {f.direction: f.gain for f in plan.norm_fixes}
     members = {}
     for group in plan.groups:
         there = [m for m in group.members if m.parameter not in plan.buffers]
-        dims = [_read_dim(modules, m.parameter) for m in there]
+        dims = [_read_dim(modules, m.parameter, m.parameter in by_norm) for m in there]
         read = [m for m, dim in zip(there, dims) if m.dim == dim]
         makers = [m for m, dim in zip(there, dims) if dim is not None and m.dim == 1 - dim]
+        gains = [m for m in there if m.parameter in by_norm.values()]  # a direction's rows have no gradient along them
+        makers = [m for m in makers if m.parameter not in by_norm] or gains
         members[group.name] = read or _one_side(makers or there[:1], there)
     return members
 
 
-def _read_dim(modules: Mapping[str, nn.Module], parameter: str) -> int | None:
-    """The dim of a convolution's or linear layer's weight that meets its input; None for every other parameter."""
+def _read_dim(modules: Mapping[str, nn.Module], parameter: str, by_norm: bool) -> int | None:
+    """The dim of a convolution's or linear layer's weight that meets its input; None for every other parameter.
+
+    by_norm: the parameter is the direction of such a weight (weight_norm).
+    """
     owner, _, leaf = parameter.rpartition(".")
+    if by_norm:
+        owner, leaf = owner.removesuffix(".parametrizations.weight"), "weight"
     module = modules.get(owner)
     if isinstance(module, nn.MultiheadAttention):
         return 1 if leaf.endswith("proj_weight") else None
@@ -157,6 +168,15 @@ class Damage:
             self._flush()
         self._sum += self._current.square()
 
+    def total(self) -> Tensor:
+        """``(n_units,)``: the sum of all ranks."""
+        return summed_over_ranks(self._sum)
+
+    def restore(self, total: Tensor) -> None:
+        """Begin with the sum of before."""
+        if rank_and_count()[0] == 0:
+            self._sum.copy_(total)
+
     def mean(self, samples: int) -> np.ndarray | None:
         """``(n_units,)``: the mean over ``samples``, those of all ranks; None where no output was seen.
 
@@ -164,7 +184,7 @@ class Damage:
         """
         if not bool(summed_over_ranks(torch.tensor(float(self.seen), device=self._work.device))):
             return None
-        values = summed_over_ranks(self._sum).double().cpu().numpy() / samples
+        values = self.total().double().cpu().numpy() / samples
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             plan = self._work.plan
@@ -189,23 +209,35 @@ class Damage:
         self._waiting, self._bytes = [], 0
 
 
-def estimated_damage(work: Work, *, allowed: np.ndarray, micro_batch: int, samples: int) -> np.ndarray | None:
+def estimated_damage(
+    work: Work, *, allowed: np.ndarray, micro_batch: int, samples: int, state: State
+) -> np.ndarray | None:
     """The Gauss-Newton scores, ``(n_units,)``; None where the loss calls nothing of the model.
 
-    allowed: the timesteps that are drawn. micro_batch, samples: at most so many in a draw, and of all ranks.
+    allowed: the timesteps that are drawn. micro_batch, samples: at most so many in a draw, and of all ranks. state:
+    goes on from there.
     """
-    from tqdm.auto import tqdm
-
     for p in work.parameters.values():
         p.grad = None
     damage, size = Damage(work), min(micro_batch, SAMPLES_OF_A_DRAW)
     rank, ranks = rank_and_count()
-    seen = 0
-    hidden = not work.progress or rank > 0
-    for k in tqdm(range(max(1, -(-samples // size))), desc="damage", unit="draw", disable=hidden):
+    seen, done, most = 0, 0, max(1, -(-samples // size))
+    before = state.so_far("damage")
+    if before is not None:
+        if "values" in before:
+            return None if before["values"] is None else before["values"].numpy()
+        seen, done = before["samples"], before["done"]
+        damage.restore(before["sum"])
+        work.batches.pass_over([size] * done)
+    shown = work.progress and rank == 0
+    for k in bar(range(done, most), desc="damage", show=shown, initial=done, total=most, unit="draw"):
         batch, t, noise = work.draw(k, size, allowed)
         if k % ranks == rank:
-            damage.add(k, partial(work.mean_loss, batch, t, noise))
+            damage.add(k, partial(work.mean_loss, batch, t, noise, (DRAWN_BY_LOSS, 1, k)))
         seen += count(batch)
+        if state.wanted and damage.seen and (k + 1) % CHECK_EVERY == 0:
+            state.note("damage", samples=seen, done=k + 1, sum=damage.total())
     work.check_losses()
-    return damage.mean(seen)
+    values = damage.mean(seen)
+    state.note("damage", now=True, values=None if values is None else torch.from_numpy(values))
+    return values

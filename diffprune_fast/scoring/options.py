@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -29,4 +30,5 @@ class ScoreOptions(TypedDict, total=False):
     autocast: Autocast | torch.dtype | None
     timesteps: Sequence[int] | None
     damage: bool
+    checkpoint: str | os.PathLike[str] | None
     backend: str

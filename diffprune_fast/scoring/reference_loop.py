@@ -13,6 +13,7 @@ from ..objective.batches import count, repeated
 from ..objective.loss import images_of
 from ..objective.nested import moved
 from ..objective.randomness import NOISE, generator_for
+from ..progress import bar
 from .criteria import Variant, counted_members, divided_by_group_mean
 from .estimators import Work, gathered_scores
 from .scores import LossCurve
@@ -81,17 +82,15 @@ def reference_scores(
 
     Every cell counts with its width. samples_per_pass: several timesteps share a pass up to this many samples.
     """
-    from tqdm.auto import tqdm
-
     for p in work.parameters.values():
         p.grad = None
-    with tqdm(total=len(cells), desc="scoring", unit="t", disable=not work.progress) as bar:
+    with bar(desc="scoring", show=work.progress, total=len(cells), unit="timestep") as shown:
         one = OneBatch(work, variant.loss, samples_per_pass)
         if variant.stop == "set" and threshold is not None:
-            record = _over_the_set(one, cells, threshold, bar.update)
+            record = _over_the_set(one, cells, threshold, shown.update)
         else:
-            record = _until_small(one, cells, threshold, variant.stop, bar.update)
-        bar.total = bar.n
+            record = _until_small(one, cells, threshold, variant.stop, shown.update)
+        shown.total = shown.n
     plain, norms = counted_members(work.plan, work.model, variant)
     values = gathered_scores(work, unit_table(work.plan, members=plain), variant.element)
     if norms and variant.norms is not None:

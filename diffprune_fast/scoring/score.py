@@ -6,8 +6,9 @@ samples, ``reference`` the reference's loop.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ from torch import nn
 from ..choices import Autocast, CriterionName, Estimator, VariantName
 from ..objective.batches import Batches
 from ..objective.checks import check_batch, check_weights
+from ..objective.image_range import check_range_by_loss
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun
 from ..objective.nested import moved
 from ..objective.randomness import generator_for, own_randomness
-from ..objective.ranks import rank_and_count, summed_over_ranks, together
+from ..objective.ranks import together
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
 from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps
@@ -31,6 +33,7 @@ from .estimators import MeanGradient, MicroScores, Work, until_agreed
 from .gauss_newton import SAMPLES, estimated_damage
 from .reference_loop import reference_scores
 from .scores import LossCurve, Scores
+from .state import State, settings_of
 from .tables import UnitTable, unit_table
 from .timesteps import Cell, curve_timesteps, measure_curve, quad_cells
 
@@ -68,6 +71,7 @@ def score(
     autocast: Autocast | torch.dtype | None = None,
     timesteps: Sequence[int] | None = None,
     damage: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
     backend: str = "auto",
 ) -> Scores:
     """How much every unit of ``plan`` matters to the diffusion loss. The model is as before when this ends.
@@ -102,6 +106,10 @@ def score(
         timesteps: exactly these count, with no threshold.
         damage: with a loader, also estimate what the output loses with each unit, which :func:`select` allocates by:
             512 samples more, or ``max_samples`` where that is less, at all timesteps, whatever criterion and estimator.
+        checkpoint: a file for the state of the scoring, written every half minute. Where it is there already, scoring
+            goes on from it and ends with the same scores, on any number of ranks, as if it had never been stopped; the
+            loader is walked again up to there. Only the first rank reads and writes it, loading it runs no code.
+            Estimators other than "micro" are kept once they are through.
         backend: "auto", or who computes the scores, see :func:`~diffprune_fast.ops.channel_scores_`.
 
     Returns:
@@ -109,7 +117,8 @@ def score(
 
     Raises:
         ValueError, TypeError: before anything is touched, for a bad argument, an empty loader, images of the wrong
-            channel count, NaN in images or weights, a missing conditioning input, or a plan of another model.
+            channel count, NaN in images or weights, a missing conditioning input, a plan of another model, or a
+            checkpoint of another scoring.
         FloatingPointError: a loss or gradient isn't finite; the message names timestep or parameter.
 
     Example:
@@ -141,7 +150,17 @@ def score(
     if loader is None:
         raise ValueError(f"criterion {criterion!r} needs images: give a loader (only magnitude and random need none)")
     with own_randomness(seed, loader), torch.inference_mode(False), torch.enable_grad():
-        batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn))
+        batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn), seed)
+        check_range_by_loss(model, objective, batches.first)
+        about = settings_of(
+            objective,
+            plan=plan.hash,
+            seed=seed,
+            estimator=[estimator, criterion, variant, micro_batch, str(AUTOCAST[autocast])],
+            threshold=limit if asked is None else asked.tolist(),
+            samples=[least, max_samples, agreement, agreement_ratio],
+        )
+        state = State(checkpoint, about, model, batches.first, device)
         with stand_ins(model, table.parameters) as parameters:
             work = Work(
                 model=model,
@@ -159,7 +178,7 @@ def score(
             if not rule.needs_data:
                 found = {"values": _without_data(model, plan, table, rule, seed, backend)}
             elif estimator.startswith("reference"):
-                found = _reference(work, estimator, reading, rule, variant, limit, asked)
+                found = _reference(work, estimator, reading, rule, variant, limit, asked, state)
             else:
                 found = _sampled(
                     work,
@@ -168,6 +187,7 @@ def score(
                     rule,
                     limit,
                     asked,
+                    state,
                     micro_batch=micro_batch,
                     min_samples=least,
                     max_samples=max_samples,
@@ -177,7 +197,8 @@ def score(
             if damage:
                 every = np.arange(objective.n_timesteps) if asked is None else asked
                 most = min(SAMPLES, max_samples)
-                found["damage"] = estimated_damage(work, allowed=every, micro_batch=micro_batch, samples=most)
+                sizes = {"micro_batch": micro_batch, "samples": most}
+                found["damage"] = estimated_damage(work, allowed=every, **sizes, state=state)
     return Scores(
         estimator=estimator if rule.needs_data else "none",
         criterion=criterion,
@@ -196,12 +217,14 @@ def _sampled(
     rule: Criterion,
     threshold: float | None,
     asked: np.ndarray | None,
+    state: State,
     **limits: Any,
 ) -> dict[str, Any]:
-    curve, allowed = counted_timesteps(work, threshold) if asked is None else (None, asked)
+    curve, allowed = counted_timesteps(work, threshold, state) if asked is None else (None, asked)
     element = rule.element or "abs"
     collector = MicroScores(work, table, element) if estimator == "micro" else MeanGradient(work, table, element)
-    values, samples, agreed = until_agreed(work, collector, allowed=allowed, split_ranks=estimator == "micro", **limits)
+    limits = {**limits, "split_ranks": estimator == "micro", "state": state}
+    values, samples, agreed = until_agreed(work, collector, allowed=allowed, **limits)
     return {"values": values, "samples": samples, "agreement": agreed, "curve": curve}
 
 
@@ -213,7 +236,11 @@ def _reference(
     variant: str | None,
     threshold: float | None,
     asked: np.ndarray | None,
+    state: State,
 ) -> dict[str, Any]:
+    before = state.so_far("scores")
+    if before is not None:
+        return _known(before, threshold)
     n = work.objective.n_timesteps
     if asked is not None:
         cells = [Cell(t, t + 1) for t in asked.tolist()]
@@ -224,27 +251,42 @@ def _reference(
         reading = Variant(element, norms=element)
     values, walk = reference_scores(work, cells, variant=reading, threshold=threshold)
     curve = walk.curve(threshold) if threshold is not None and len(walk.timesteps) > 1 else None
+    seen = {} if curve is None else {"at": torch.from_numpy(curve.timesteps), "losses": torch.from_numpy(curve.losses)}
+    state.note("scores", now=True, values=torch.from_numpy(values), samples=walk.samples, **seen)
     return {"values": values, "samples": walk.samples, "agreement": None, "curve": curve}
 
 
-def counted_timesteps(work: LossRun, threshold: float | None) -> tuple[LossCurve | None, np.ndarray]:
+def _known(before: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
+    curve = None
+    if "at" in before and threshold is not None:
+        curve = LossCurve(before["at"].numpy(), before["losses"].numpy(), threshold)
+    return {"values": before["values"].numpy(), "samples": before["samples"], "agreement": None, "curve": curve}
+
+
+def counted_timesteps(
+    work: LossRun, threshold: float | None, state: State | None = None
+) -> tuple[LossCurve | None, np.ndarray]:
     """The timesteps with ``L_t > T * L_max``, and the curve that says so; without a threshold all of them, and None."""
     if threshold is None or work.objective.n_timesteps < 2:
         return None, np.arange(work.objective.n_timesteps)
-    curve = _curve(work, threshold)
+    before = None if state is None else state.so_far("curve")
+    if before is None:
+        curve = _curve(work, threshold)
+    else:
+        work.batches.pass_over([CURVE_SAMPLES])
+        curve = LossCurve(before["at"].numpy(), before["losses"].numpy(), threshold)
+    if state is not None:
+        state.note("curve", at=torch.from_numpy(curve.timesteps), losses=torch.from_numpy(curve.losses))
     return curve, curve.kept_timesteps
 
 
 def _curve(work: LossRun, threshold: float) -> LossCurve:
-    """The loss over the timesteps, on a few images; ranks measure each on its own and take the mean."""
+    """The loss over the timesteps, on a few images."""
     batch = moved(work.batches.take(CURVE_SAMPLES), work.device)
     noise = work.objective.noise(batch, generator_for(work.seed, CURVE, 0))
     with work.precision():
-        curve = measure_curve(
-            work.objective, work.model, batch, noise, threshold, curve_timesteps(work.objective.n_timesteps)
-        )
-    losses = summed_over_ranks(torch.from_numpy(curve.losses).to(work.device)) / rank_and_count()[1]
-    return LossCurve(curve.timesteps, losses.cpu().numpy(), threshold)
+        at = curve_timesteps(work.objective.n_timesteps)
+        return measure_curve(work.objective, work.model, batch, noise, threshold, at, work.seed)
 
 
 def _without_data(

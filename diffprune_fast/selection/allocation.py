@@ -17,6 +17,7 @@ import numpy as np
 from ..plan.lattice import Lattice, Ranking
 from ..plan.plan import Plan
 from ..scoring.scores import Sensitivities
+from .costs import CostOfLevels
 from .search import Unreachable
 
 Curves = Sequence[np.ndarray]
@@ -206,7 +207,9 @@ def discounted(plan: Plan, lattice: Lattice, damage: np.ndarray) -> np.ndarray:
     return damage * np.repeat(factor, np.diff(plan.offsets))
 
 
-def allocate(choices: Sequence[np.ndarray], curves: Curves, resource: Resource, limit: float) -> np.ndarray:
+def allocate(
+    choices: Sequence[np.ndarray], curves: Curves, resource: Resource | CostOfLevels, limit: float
+) -> np.ndarray:
     """Kept levels per cluster, ``(n_clusters,)``, that cost at most ``limit`` and damage little.
 
     choices: per cluster the sorted numbers of levels that may stay. curves: damage by kept levels, see
@@ -229,6 +232,9 @@ def allocate(choices: Sequence[np.ndarray], curves: Curves, resource: Resource, 
     while spent > limit:
         saved = -resource.change(chosen, slope, cluster, level - chosen[cluster])
         lower = np.flatnonzero((level < chosen[cluster]) & (saved > 0))
+        if not lower.size:  # measured costs may have a bump that no single cluster gets over
+            place = first.copy()
+            break
         price = (damage[lower] - damage[place[cluster[lower]]]) / saved[lower]
         cheapest = lower[price == price.min()]
         move = int(cheapest[np.argmax(saved[cheapest])])
@@ -244,7 +250,7 @@ def _given_back(
     damage: np.ndarray,
     first: np.ndarray,
     place: np.ndarray,
-    resource: Resource,
+    resource: Resource | CostOfLevels,
     limit: float,
 ) -> np.ndarray:
     last = np.append(first[1:], len(level)) - 1

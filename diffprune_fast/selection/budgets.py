@@ -6,7 +6,7 @@ import difflib
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 
@@ -14,13 +14,13 @@ import numpy as np
 
 from ..plan.plan import Plan
 
-BUDGETS = ("ratio", "params", "macs")
+BUDGETS = ("ratio", "params", "macs", "latency", "memory")
 
 
 DEFAULT_RATIO = 0.3
 
 
-UNITS = {"params": "parameters", "macs": "MACs"}
+UNITS = {"params": "parameters", "macs": "MACs", "memory": "bytes"}
 
 
 class BudgetError(ValueError):
@@ -29,9 +29,10 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Budget:
-    """kind: ``"ratio"`` (share of units that goes), ``"params"`` or ``"macs"`` (what stays).
+    """kind: ``"ratio"`` (share of units that goes), ``"params"``, ``"macs"``, ``"latency"``, ``"memory"`` or another
+    name (what stays).
 
-    value: a share in (0, 1), or, for params and macs, a number of parameters or MACs from 1 upwards.
+    value: a share in (0, 1), or, but for ratio and latency, a number of parameters, MACs, bytes, … from 1 upwards.
     """
 
     kind: str
@@ -39,12 +40,12 @@ class Budget:
 
     def __str__(self) -> str:
         if self.value < 100:  # from 1 upwards most likely meant as a share or a percentage
-            note = "" if self.value < 1 else f" (a number of {UNITS[self.kind]}, as it is above 1)"
+            note = "" if self.value < 1 else f" (a number of {UNITS.get(self.kind, self.kind)}, as it is above 1)"
             return f"{self.kind}={self.value:g}{note}"
         return f"{self.kind}={int(self.value):,}"
 
-    def limit(self, whole: int) -> float:
-        """The most parameters or MACs that may stay of ``whole``."""
+    def limit(self, whole: float) -> float:
+        """The most that may stay of ``whole``."""
         return self.value * whole if self.value < 1 else self.value
 
 
@@ -56,21 +57,23 @@ def parse_budget(asked: Mapping[str, float | None]) -> Budget:
     return found[0]
 
 
-def parse_budgets(asked: Mapping[str, float | None]) -> tuple[Budget, ...]:
+def parse_budgets(asked: Mapping[str, float | None], others: Iterable[str] = ()) -> tuple[Budget, ...]:
     """Read budgets from ``{"ratio": ..., "params": ..., "macs": ...}``; None is not asked, nothing is ratio 0.3.
+
+    others: names that are budgets as well.
 
     Raises TypeError for a name that isn't a budget or a value that isn't a number; ValueError for a ratio beside
     another budget or a value out of range.
     """
     for name in asked:
-        if name not in BUDGETS:
-            near = difflib.get_close_matches(name, BUDGETS, 1)
+        if name not in (known := (*BUDGETS, *others)):
+            near = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise TypeError(f"{name!r} is not a budget{hint}: give one of {', '.join(BUDGETS)}")
+            raise TypeError(f"{name!r} is not a budget{hint}: give one of {', '.join(known)}")
     given = {name: value for name, value in asked.items() if value is not None}
     if len(given) > 1 and "ratio" in given:
         both = " and ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"{both}: give one budget, not {len(given)} (params and macs can be combined)")
+        raise ValueError(f"{both}: give one budget, not {len(given)} (all others can be combined)")
     return tuple(_parsed(name, value) for name, value in given.items()) or (Budget("ratio", DEFAULT_RATIO),)
 
 
@@ -78,10 +81,12 @@ def _parsed(name: str, value: float) -> Budget:
     check_number(name, value)
     if name == "ratio":
         check_ratio("ratio", value)
+    elif name == "latency" and not 0 < value < 1:
+        raise ValueError(f"latency={value}: give the share of the dense model's time that stays, between 0 and 1")
     elif value <= 0 or value == 1 or math.isnan(value) or math.isinf(value):
         raise ValueError(
             f"{name}={value}: give the share that stays, between 0 and 1 (0.5 keeps half), or a number of "
-            f"{UNITS[name]} above 1"
+            f"{UNITS.get(name, name)} above 1"
         )
     return Budget(name, float(value))
 

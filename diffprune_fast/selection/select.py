@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ..plan.plan import Plan
 from . import search
 from .allocation import Curves, Resource, allocate, coherent_curves, discounted, measured_curves
 from .budgets import UNITS, Budget, BudgetError, check_number, check_ratio, match_groups, parse_budgets
+from .costs import ALLOCATION_POINTS, Cost, CostOfLevels, allocated_by, costs_for, points, words_of
 from .counting import keep_of_counts
 from .ranking import check_scores, normalised
 from .words import asked_and_met, cost_of, named, notes_on, smallest_step, unreachable, why_nothing
@@ -53,9 +55,13 @@ def select(
     ratio: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    latency: float | None = None,
+    memory: float | None = None,
+    budgets: Mapping[str, float] = MappingProxyType({}),
+    costs: Mapping[str, Cost] = MappingProxyType({}),
     counts: Mapping[str, int] | None = None,
     ranking: RankingName | None = None,
-    allocation: Allocation | None = None,
+    allocation: Allocation | str | None = None,
     round_to: int | None = 8,
     norm_groups: NormGroups = "count",
     offsets: Offsets = "independent",
@@ -71,8 +77,14 @@ def select(
         scores: ``(plan.n_units,)`` by plan-wide unit id, or what :func:`score` gave; inside a group the
             lowest go first.
         ratio: share of units that goes (0.3 when no budget is given).
-        params, macs: what stays, as a share (0.5) or a number (3_400_000_000); met from below. Both may be given, or
-            one of the three.
+        params, macs: what stays, as a share (0.5) or a number (3_400_000_000); met from below.
+        latency: the share of the dense model's time that stays; ``costs`` has what
+            :func:`~diffprune_fast.footprint.measure_times` gave.
+        memory: the share of the dense model's peak memory that stays, or a number of bytes; ``costs`` has what
+            :func:`~diffprune_fast.footprint.count_memory` gave. All but ratio may be combined.
+        budgets: further ones by name, as shares or numbers.
+        costs: what they count, functions of kept counts by the budget's name (see :class:`~.costs.Cost`); a budget
+            that another package registers (``diffprune_fast.budgets``) needs none.
         counts: in place of a budget, how many units each group keeps, by name; the others stay whole.
         ranking: ``"local"`` takes the same share of every group, ``"global"`` lets the groups share the
             budget. None is local for a ratio, global for params and macs.
@@ -80,6 +92,7 @@ def select(
             the least for what it saves. ``"measured"``: that damage corrected by trials of every cluster, see
             :func:`~diffprune_fast.sensitivity.measure_sensitivities`. ``"mean"``: by the scores, each divided by its
             group's mean, which says little about the damage. None is gauss-newton where the scores have their damage.
+            Or the name of another package's (``diffprune_fast.allocations``, see :class:`~.costs.Allocator`).
         round_to: widths become multiples of so many channels where the constraints leave that choice; None or 1: any.
         norm_groups: ``"exact"`` keeps the membership of norm groups, ``"count"`` only their divisibility.
         offsets: ``"independent"`` keeps equally many units in every norm group or head, ``"same"`` the same offsets.
@@ -110,11 +123,13 @@ def select(
     Source: Fang, Ma and Wang, "Structural Pruning for Diffusion Models", NeurIPS 2023 (local ratio).
     """
     if counts is not None:
-        if any(given is not None for given in (ratio, params, macs, rounding)) or ratios or ignore:
+        if any(given is not None for given in (ratio, params, macs, latency, memory, rounding)) or ratios or ignore:
             raise ValueError("counts say how many units every group keeps: leave out budgets, ratios and ignore")
         return _by_counts(plan, scores, counts, norm_groups, offsets)
-    budgets = parse_budgets({"ratio": ratio, "params": params, "macs": macs})
-    budget = budgets[0]
+    ours = {"ratio": ratio, "params": params, "macs": macs, "latency": latency, "memory": memory}
+    asked_for = parse_budgets({**ours, **budgets}, budgets)
+    budget = asked_for[0]
+    costs = costs_for(plan, [b.kind for b in asked_for if b.kind not in ("ratio", "params", "macs")], costs)
     ranking = ranking or ("local" if budget.kind == "ratio" else "global")
     _check_options(budget, ranking, round_to, norm_groups, rounding, max_ratio)
     values = check_scores(plan, scores if isinstance(scores, np.ndarray) else scores.values)
@@ -136,13 +151,14 @@ def select(
             raise BudgetError(f"{budget} removes nothing: {smallest_step(allowed, free)}")
     else:
         curves_for = partial(_curves, plan, allowed, order, scores, used)
-        chosen = _in_turn(plan, allowed, order, values, budgets, ranking, own, max_ratio, curves_for)
+        chosen = _in_turn(plan, allowed, order, values, asked_for, costs, ranking, own, max_ratio, curves_for, used)
     kept = allowed.counts(chosen)
     notes += notes_on(plan, allowed, budget, chosen, free, rounding)
     notes += _on_allocation(plan, budget, ranking, allocation, used, kept)
     keep = plan.keep_of(order.kept(chosen))
-    said = [asked_and_met(plan, allowed, one, kept, free) for one in budgets]
-    asked, met = " and ".join(one for one, _ in said), said[0][1]
+    said = [asked_and_met(plan, allowed, one, kept, free, costs) for one in asked_for]
+    asked = " and ".join(one for one, _ in said)
+    met = ", ".join([*(told.partition(";")[0] for _, told in said[1:] if ";" in told), said[0][1]])
     return Selection(keep, asked, met, norm_groups, ranking, tuple(notes), used)
 
 
@@ -155,12 +171,13 @@ def _by_counts(
     return Selection(keep, asked, met, norm_groups, "local", (), "as counted")
 
 
-def _allocation(scores: Scores | np.ndarray, ranking: str, asked: Allocation | None) -> str:
+def _allocation(scores: Scores | np.ndarray, ranking: str, asked: str | None) -> str:
     """How the groups share the budget: ``asked``, or the best that the scores allow.
 
     Raises ValueError where the scores lack what it goes by.
     """
-    if asked is not None:
+    elsewhere = asked is not None and asked not in get_args(Allocation) and asked in points(ALLOCATION_POINTS)
+    if asked is not None and not elsewhere:
         check_choice("allocation", asked, Allocation)
     if ranking == "local":
         if asked is not None:
@@ -170,9 +187,9 @@ def _allocation(scores: Scores | np.ndarray, ranking: str, asked: Allocation | N
             )
         return "uniform"
     damage, tried = (None, None) if isinstance(scores, np.ndarray) else (scores.damage, scores.sensitivities)
-    if asked == "gauss-newton" and damage is None:
+    if (asked == "gauss-newton" or elsewhere) and damage is None:
         raise ValueError(
-            "allocation='gauss-newton' needs scores with their damage: score with a loader and damage=True "
+            f"allocation={asked!r} needs scores with their damage: score with a loader and damage=True "
             "(or choose allocation='mean')"
         )
     if asked == "measured" and tried is None:
@@ -187,7 +204,7 @@ def _curves(
     plan: Plan, of: Lattice, order: Ranking, scores: Scores | np.ndarray, used: str, kind: str
 ) -> Curves | None:
     """What each cluster's output loses, by kept levels; None where the budget isn't shared by that."""
-    if isinstance(scores, np.ndarray) or used not in ("gauss-newton", "measured"):
+    if isinstance(scores, np.ndarray) or used in ("mean", "uniform"):
         return None
     forecast = None
     if scores.damage is not None:
@@ -196,16 +213,16 @@ def _curves(
             raise ValueError(
                 f"{int((damage < 0).sum())} damages are below zero: they are squared changes of the output"
             )
-        discount = kind == "params" and used == "gauss-newton"
+        discount = kind == "params" and used != "measured"
         forecast = coherent_curves(order, discounted(plan, of, damage) if discount else damage)
-    if used == "gauss-newton":
+    if used != "measured":
         return forecast
     assert scores.sensitivities is not None
     return measured_curves(of, scores.sensitivities, forecast)
 
 
 def _on_allocation(
-    plan: Plan, budget: Budget, ranking: str, asked: Allocation | None, used: str, counts: np.ndarray
+    plan: Plan, budget: Budget, ranking: str, asked: str | None, used: str, counts: np.ndarray
 ) -> list[str]:
     if used == "mean" and asked is None:
         return [
@@ -284,10 +301,12 @@ def _in_turn(
     order: Ranking,
     values: np.ndarray,
     budgets: Sequence[Budget],
+    costs: Mapping[str, Cost],
     ranking: str,
     own: np.ndarray,
     max_ratio: float,
     curves_for: Callable[[str], Curves | None],
+    used: str,
 ) -> np.ndarray:
     """Kept levels per cluster that meet all budgets: one after the other, each within what the one before left.
 
@@ -298,7 +317,8 @@ def _in_turn(
     for turns in [budgets, budgets[::-1]][: 1 if whole is None else len(budgets)]:
         most = of.levels
         for budget in turns:
-            most = _by_search(plan, of, order, values, budget, ranking, own, max_ratio, curves_for(budget.kind), most)
+            curves, cost = curves_for(budget.kind), costs.get(budget.kind)
+            most = _by_search(plan, of, order, values, budget, cost, ranking, own, max_ratio, curves, most, used)
         found.append(most)
     if len(found) == 1 or whole is None:
         return found[0]
@@ -311,11 +331,13 @@ def _by_search(
     order: Ranking,
     values: np.ndarray,
     budget: Budget,
+    cost: Cost | None,
     ranking: str,
     own: np.ndarray,
     max_ratio: float,
     curves: Curves | None,
     most: np.ndarray,
+    used: str,
 ) -> np.ndarray:
     """Kept levels per cluster that meet one budget, nowhere above ``most``."""
     choices = []
@@ -332,28 +354,32 @@ def _by_search(
             of.levels, of.levels
         )
     free = np.isnan(own)[of.cluster] & np.array([len(c) > 1 for c in of.allowed], bool)[of.cluster]
-    if budget.kind == "ratio":
-        whole = int(of.group_sizes[free].sum())
-        limit = (1 - budget.value) * whole
-
-        def cost(counts: np.ndarray) -> float:
-            return float(counts[free].sum())
-    else:
-        of_plan = plan.params if budget.kind == "params" else plan.macs
-
-        def cost(counts: np.ndarray) -> float:
-            return float(of_plan(counts))
-
-        whole = of_plan()
-        limit = budget.limit(whole)
-        if limit >= whole:
-            raise BudgetError(
-                f"{budget} asks for nothing: {plan.model_class} has {whole:,} {UNITS[budget.kind]}; "
-                "ask for fewer, or for a share between 0 and 1"
-            )
+    counted, whole, limit = _limit(plan, of, budget, cost, free)
     try:
-        if curves is not None:
-            return allocate(choices, curves, Resource.of(plan, of, budget.kind, free), limit)
-        return search.meet(of, choices, level_scores, cost, limit)
+        if curves is None:
+            return search.meet(of, choices, level_scores, counted, limit)
+        resource = Resource.of(plan, of, budget.kind, free) if cost is None else CostOfLevels(cost, of)
+        if used in ("gauss-newton", "measured"):
+            return allocate(choices, curves, resource, limit)
+        return allocated_by(used, choices, curves, resource.at, limit)
     except search.Unreachable as e:
-        raise BudgetError(unreachable(budget, whole, e.least, max_ratio)) from None
+        raise BudgetError(unreachable(budget, whole, e.least, max_ratio, cost)) from None
+
+
+def _limit(
+    plan: Plan, of: Lattice, budget: Budget, cost: Cost | None, free: np.ndarray
+) -> tuple[Callable[[np.ndarray], float], float, float]:
+    """What a budget counts, as a function of kept counts; all there is, and how much may stay. Raises BudgetError."""
+    if budget.kind == "ratio":
+        whole = float(of.group_sizes[free].sum())
+        return lambda counts: float(counts[free].sum()), whole, (1 - budget.value) * whole
+    counted: Any = cost or (plan.params if budget.kind == "params" else plan.macs)
+    whole = float(counted(plan.counts()))
+    limit = budget.limit(whole)
+    if limit >= whole:
+        all_of_it = f"{int(whole):,} {UNITS[budget.kind]}" if cost is None else words_of(cost, whole)
+        raise BudgetError(
+            f"{budget} asks for nothing: {plan.model_class} has {all_of_it}; "
+            "ask for fewer, or for a share between 0 and 1"
+        )
+    return lambda counts: float(counted(counts)), whole, limit

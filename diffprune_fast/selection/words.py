@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..plan.lattice import Lattice
 from ..plan.plan import Plan
 from .budgets import UNITS, Budget
+from .costs import Cost, words_of
 
 
-def unreachable(budget: Budget, whole: int, least: float, max_ratio: float) -> str:
+def unreachable(budget: Budget, whole: float, least: float, max_ratio: float, cost: Cost | None = None) -> str:
+    if cost is not None:
+        limits = getattr(cost, "limits", None)
+        return (
+            f"{budget} can't be met: with these constraints, patterns, rounding and max_ratio={max_ratio:g} one gets "
+            f"down to {least / max(whole, 1e-30):.3f} of {words_of(cost, whole)}"
+            + ("" if limits is None else f"; {limits()}")
+        )
     what = UNITS.get(budget.kind, "units")
-    reach = f"{int(least):,} of {whole:,} {what} ({least / max(whole, 1):.3f})"
+    reach = f"{int(least):,} of {int(whole):,} {what} ({least / max(whole, 1):.3f})"
     if budget.kind == "ratio":
         reach += f", a ratio of {1 - least / max(whole, 1):.3f}"
     return (
@@ -36,8 +44,15 @@ def why_nothing(plan: Plan, ignore: Sequence[str]) -> str:
     return "ignore names all that could be" if ignore else "constraints tie everything to channels that must stay"
 
 
-def asked_and_met(plan: Plan, of: Lattice, budget: Budget, counts: np.ndarray, free: np.ndarray) -> tuple[str, str]:
+def asked_and_met(
+    plan: Plan, of: Lattice, budget: Budget, counts: np.ndarray, free: np.ndarray, costs: Mapping[str, Cost]
+) -> tuple[str, str]:
+    """The budget in words, and what the model costs by it and all else."""
     cost, whole = cost_of(plan, counts), plan.complexity()
+    if (mine := costs.get(budget.kind)) is not None:
+        all_there_is, left = float(mine(plan.counts())), float(mine(counts))
+        asked = f"{budget} ({words_of(mine, budget.limit(all_there_is))} of {words_of(mine, all_there_is)})"
+        return asked, f"{budget.kind} {left / all_there_is:.3f} ({words_of(mine, left)}); {cost}"
     if budget.kind == "ratio":
         return f"{budget} of the units", f"ratio={removed(of, counts, free):.3f} of the units; {cost}"
     all_of_it = whole.params if budget.kind == "params" else whole.macs

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..choices import NormGroups, Offsets
 from ..compensation.calibration import Calibration, asleep, drawn
@@ -29,6 +28,7 @@ from ..objective.ranks import rank_and_count
 from ..plan.keep_sets import sliced_shapes
 from ..plan.lattice import Lattice, Ranking, lattice, rank_units
 from ..plan.plan import Keep, Plan
+from ..progress import bar
 from ..scoring.checks import AUTOCAST
 from ..scoring.scores import Scores, Sensitivities
 from ..selection.budgets import match_groups
@@ -124,7 +124,7 @@ def measure_sensitivities(
         objective = make_objective(model, scheduler, loss_fn).kind
         bench = _Bench(model, plan, data, objective, device, seed, backend)
         bench.remember(_least(plan, of, order, trials))
-        for t in tqdm(trials, desc="measuring", unit="trial", disable=not progress or rank_and_count()[0] > 0):
+        for t in bar(trials, desc="measuring", show=progress and rank_and_count()[0] == 0, unit="trial"):
             chosen = of.levels.copy()
             chosen[t.cluster] = t.level
             groups = of.cluster == t.cluster

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,9 @@ from ..pruned.kept_columns import columns_to_keep
 from .optimizers import state_of
 from .reducers import reducers_of, refuse_forward
 from .verify import SliceError
+
+# Rows after slicing, and what multiplies them: one number, or one for each.
+Factor = tuple[np.ndarray, float | np.ndarray]
 
 
 def slicing_steps(
@@ -38,8 +41,8 @@ def slicing_steps(
     wanted: dict[str, dict[int, np.ndarray]] = {}
     for (name, dim), index in sliced.kept.items():
         wanted.setdefault(name, {})[dim] = index
-    factors: dict[str, list[tuple[np.ndarray, float]]] = {}
-    for name, rows, factor in scale_factors(plan, sliced):
+    factors: dict[str, list[Factor]] = {}
+    for name, rows, factor in scale_factors(model, plan, sliced):
         factors.setdefault(name, []).append((rows, factor))
     tensors: list[Tensor] = []
     slices: list[ops.Slice] = []
@@ -74,20 +77,23 @@ def slicing_steps(
     return steps
 
 
-def _row_scale(t: Tensor, keep: dict[int, Tensor], factors: list[tuple[np.ndarray, float]]) -> Tensor | None:
+def _row_scale(t: Tensor, keep: dict[int, Tensor], factors: Sequence[Factor]) -> Tensor | None:
     """``(kept rows,)``, None where nothing is scaled. ``factors``: rows after slicing, and what multiplies them."""
     if not factors:
         return None
     scale = torch.ones(len(keep[0]) if 0 in keep else t.shape[0], dtype=torch.float64)
     for rows, factor in factors:
-        scale[torch.from_numpy(rows)] *= factor
+        scale[torch.from_numpy(rows)] *= torch.as_tensor(factor, dtype=torch.float64)
     return scale
 
 
-def scale_factors(plan: Plan, sliced: Sliced) -> list[tuple[str, np.ndarray, float]]:
-    """(parameter, its rows after slicing, factor) that keep the softmax scale what it was."""
+def scale_factors(model: nn.Module, plan: Plan, sliced: Sliced) -> list[tuple[str, np.ndarray, float | np.ndarray]]:
+    """(parameter, its rows after slicing, factor) that keep the softmax scale and weights by their norm what they were.
+
+    Raises SliceError where nothing is left of a row that only has a direction.
+    """
     alive = alive_units(plan, sliced.keep)
-    found = []
+    found: list[tuple[str, np.ndarray, float | np.ndarray]] = []
     for fix in plan.scale_fixes:
         left = int(alive[fix.units].sum())
         if left == fix.n_dims:
@@ -96,4 +102,27 @@ def scale_factors(plan: Plan, sliced: Sliced) -> list[tuple[str, np.ndarray, flo
             kept = sliced.kept.get((name, 0))
             where = rows if kept is None else np.flatnonzero(np.isin(kept, rows))
             found.append((name, where, math.sqrt(left / fix.n_dims)))
+    for gain, factors in norm_factors(model, plan, sliced).items():
+        kept = sliced.kept.get((gain, 0))
+        factors = factors if kept is None else factors[kept]
+        if not np.isfinite(factors).all() or (factors == 0).any():
+            raise SliceError(
+                f"{gain} holds the norm of a row of which the keep-set leaves nothing but zeros: keep another input of "
+                f"it, or take the norm out of the weight first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        found.append((gain, np.arange(len(factors)), factors))
+    return found
+
+
+def norm_factors(model: nn.Module, plan: Plan, sliced: Sliced) -> dict[str, np.ndarray]:
+    """Of every gain whose weight loses columns, for each row before slicing, what is left of the row's norm."""
+    tensors = {name: t for name, _, _, t in tables(model)}
+    found = {}
+    for fix in plan.norm_fixes:
+        left = whole = tensors[fix.direction].detach().to("cpu", torch.float64)
+        for dim in range(1, whole.dim()):
+            if (fix.direction, dim) in sliced.kept:
+                left = left.index_select(dim, torch.from_numpy(sliced.kept[fix.direction, dim]))
+        if left is not whole:
+            found[fix.gain] = (left.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)).numpy()
     return found

@@ -28,7 +28,7 @@ from ..result import Proof
 from ..tracing.meta import device_of
 from ..tracing.outputs import outputs_in
 from ..tracing.verification import attributes_set
-from .execute import scale_factors
+from .execute import Factor, norm_factors, scale_factors
 from .real_calls import Cut, Different, Incomparable, Masked, Recorder
 from .verify import SliceError
 
@@ -66,9 +66,10 @@ def _prove(model: nn.Module, plan: Plan, sliced: Sliced, calls: Sequence[Call], 
         if not t.is_meta and t.untyped_storage().nbytes() < t.numel() * t.element_size():
             return Proof(0, None, f"the memory of {name} was released")
     inputs = [(method, *_real((args, kwargs), device_of(model), dtype)) for method, args, kwargs in calls]
-    factors: dict[str, list[tuple[np.ndarray, float]]] = {}
-    for name, rows, factor in scale_factors(plan, sliced):
+    factors: dict[str, list[Factor]] = {}
+    for name, rows, factor in scale_factors(model, plan, sliced):
         factors.setdefault(name, []).append((rows, factor))
+    left, by_norm = norm_factors(model, plan, sliced), {fix.direction for fix in plan.norm_fixes}
 
     def small(name: str, t: Tensor) -> Tensor:
         for dim in range(t.dim()):
@@ -76,12 +77,14 @@ def _prove(model: nn.Module, plan: Plan, sliced: Sliced, calls: Sequence[Call], 
                 t = t.index_select(dim, torch.from_numpy(sliced.kept[name, dim]).to(t.device))
         for rows, factor in factors.get(name, ()):
             t = t.clone()
-            t[torch.from_numpy(rows).to(t.device)] *= factor
+            t[torch.from_numpy(rows).to(t.device)] *= _rowwise(factor, t)
         return t.to(dtype)
 
     def masked(name: str, t: Tensor) -> Tensor:
         t = t.to(dtype, copy=True)
-        for dim in range(t.dim()):
+        if name in left:
+            t *= _rowwise(left[name], t)
+        for dim in range(name in by_norm, t.dim()):  # a row without a norm has no direction; its gain is zero
             if (name, dim) in sliced.kept:
                 gone = np.setdiff1d(np.arange(t.shape[dim]), sliced.kept[name, dim])
                 t.index_fill_(dim, torch.from_numpy(gone).to(t.device), float(name.endswith("running_var")))
@@ -112,6 +115,11 @@ def _prove(model: nn.Module, plan: Plan, sliced: Sliced, calls: Sequence[Call], 
     except Exception as error:
         return Proof(0, None, f"the model would not run on these inputs: {error or type(error).__name__}")
     raise AssertionError
+
+
+def _rowwise(factor: float | np.ndarray, t: Tensor) -> Tensor:
+    """A factor of rows of ``t``, or one for each, to multiply them by."""
+    return torch.as_tensor(factor, dtype=t.dtype, device=t.device).reshape(-1, *[1] * (t.dim() - 1))
 
 
 def _real(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -173,6 +181,8 @@ def _twin(model: nn.Module, shapes: Any, cut: Cut, mode: Recorder) -> nn.Module:
     for name, _, _, t in tables(model):
         if id(t) not in memo:
             memo[id(t)] = mode.stand_in(name, t, cut) if t.is_floating_point() and name in shapes else t
+    for held in [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]:
+        memo.setdefault(id(held), held.detach())  # what the last forward has computed: its graph can't be copied
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

@@ -12,10 +12,15 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from ..architectures.attributes import PARAMETER_ATTRIBUTES
-from ..plan.plan import UNUSED, Attribute, Constraint, Cost, Extents, Group, Member, Plan, ScaleFix
+from ..plan.fixes import NormFix, ScaleFix
+from ..plan.plan import UNUSED, Attribute, Constraint, Cost, Extents, Group, Member, Plan
 from .channels import Channels
+from .computed_weights import with_cures
 from .graph import Graph
 from .walk import Walk
+
+# Of which module a parameter is the weight, or the norm or direction that a weight is computed from.
+_WEIGHT = re.compile(r"\.(weight|weight_[gv]|parametrizations\.weight\.original\d?)$")
 
 
 def build_plan(model: nn.Module, walk: Walk) -> Plan:
@@ -35,7 +40,7 @@ def build_plan(model: nn.Module, walk: Walk) -> Plan:
         model_class=type(model).__name__,
         groups=groups,
         constraints=_constraints(graph, unit_of, offsets),
-        frozen=_frozen(graph, component, frozen_reason, places, starts),
+        frozen=with_cures(model, _frozen(graph, component, frozen_reason, places, starts)),
         shapes=channels.shapes,
         buffers=channels.buffers,
         scale_fixes=_scale_fixes(walk, unit_of),
@@ -43,6 +48,7 @@ def build_plan(model: nn.Module, walk: Walk) -> Plan:
         costs=costs,
         extents=extents,
         notes=tuple(walk.notes),
+        norm_fixes=_norm_fixes(walk, groups),
     )
 
 
@@ -135,7 +141,7 @@ def _name_groups(
     for table in tables:
         members = tuple([Member(places[p][0], places[p][1], index) for p, index in table])
         producing = [m for m in members if m.dim == 0 and len(channels.shapes[m.parameter]) > 1]
-        name = re.sub(r"\.weight$", "", (producing or list(members))[0].parameter)
+        name = _WEIGHT.sub("", (producing or list(members))[0].parameter)
         used[name] = used.get(name, 0) + 1
         if used[name] > 1:
             name = f"{name}#{used[name]}"
@@ -186,6 +192,12 @@ def _scale_fixes(walk: Walk, unit_of: np.ndarray) -> tuple[ScaleFix, ...]:
             if targets:
                 fixes.append(ScaleFix(s.place, s.n_dims, units, tuple(targets)))
     return tuple(fixes)
+
+
+def _norm_fixes(walk: Walk, groups: Sequence[Group]) -> tuple[NormFix, ...]:
+    """Of the weights by their norm, those that lose channels."""
+    sliced = {m.parameter for g in groups for m in g.members}
+    return tuple([NormFix(gain, v) for gain, v in walk.gains.items() if v in sliced])
 
 
 def _frozen(

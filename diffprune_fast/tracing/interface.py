@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import spelled_norms
+from .computed_weights import is_computed_weight
 from .notes import read_note
 from .outputs import outputs_in
 from .records import Calls
@@ -58,6 +59,8 @@ def note_attributes(walk: Walk) -> None:
     for path, module in walk.by_name.items():
         held = [(n, v) for n, v in vars(module).items() if isinstance(v, _HOLDERS) and n not in tables]
         for name, value in (*held, *module._buffers.items()):
+            if is_computed_weight(module, name):
+                continue
             if any(walk.maps(t) and walk.name_of(t) is None for t in _tensors(value, 2)):
                 where = f"{path}.{name}".lstrip(".")
                 walk.notes.append(

@@ -120,6 +120,8 @@ def note_other_uses(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: An
             passed.update([target.name for target in note.labels.fold_targets or ()])
     for t in tensors:
         note = read_note(t)
+        if note.parameter is not None and note.parameter not in passed and not name.startswith("_weight_norm"):
+            walk.read.add(note.parameter)
         if note.labels is None:
             continue
         if note.parameter is not None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from models import small_unet
 from torch import Tensor
@@ -93,3 +94,63 @@ def test_the_class_of_any_other_gives_its_widths() -> None:
     fresh = PrunedClass(model).from_config(model.config)
     assert {n: p.shape for n, p in fresh.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert fresh is not model
+
+
+class Script:
+    """What train_unconditional.py does with model, average and accelerator, with the two lines of deploy.md."""
+
+    def __init__(self, pruned: Path) -> None:
+        self.accelerator = Accelerator(cpu=True)
+        model = dpf.from_pretrained(pruned)
+        cls = PrunedClass(model)
+        self.average = EMAModel(model.parameters(), model_cls=cls, model_config=model.config, use_ema_warmup=True)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+        def save_model_hook(models: Any, weights: Any, output_dir: str) -> None:
+            self.average.save_pretrained(str(Path(output_dir, "unet_ema")))
+            for each in models:
+                each.save_pretrained(str(Path(output_dir, "unet")))
+                weights.pop()
+
+        def load_model_hook(models: Any, input_dir: str) -> None:
+            self.average.load_state_dict(EMAModel.from_pretrained(str(Path(input_dir, "unet_ema")), cls).state_dict())
+            for _ in range(len(models)):
+                each, loaded = models.pop(), cls.from_pretrained(input_dir, subfolder="unet")
+                each.register_to_config(**loaded.config)
+                each.load_state_dict(loaded.state_dict())
+
+        self.accelerator.register_save_state_pre_hook(save_model_hook)
+        self.accelerator.register_load_state_pre_hook(load_model_hook)
+
+    def train(self, steps: range) -> None:
+        self.model.train()
+        for step in steps:
+            x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+            self.accelerator.backward(self.model(x, 5).sample.square().mean())
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.average.step(self.model.parameters())
+
+
+@pytest.mark.parametrize("asked", [{"like": LIKE}, {"ratio": 0.3}], ids=["plain", "free"])
+def test_a_script_that_was_broken_off_ends_with_the_same_weights(asked: Any, tmp_path: Path) -> None:
+    pruned(**asked).save_pretrained(tmp_path / "pruned")
+    whole = Script(tmp_path / "pruned")
+    whole.train(range(2))
+    whole.accelerator.save_state(str(tmp_path / "checkpoint-2"))
+    whole.train(range(2, 4))
+
+    resumed = Script(tmp_path / "pruned")
+    resumed.accelerator.load_state(str(tmp_path / "checkpoint-2"))
+    resumed.train(range(2, 4))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(whole.average.shadow_params, resumed.average.shadow_params):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_pipeline_that_a_script_ends_with_is_loaded_again(tmp_path: Path) -> None:
+    model = pruned(ratio=0.3)
+    DDPMPipeline(unet=model, scheduler=DDPMScheduler()).save_pretrained(tmp_path)
+    torch.testing.assert_close(run(dpf.pipeline_from_pretrained(tmp_path).unet), run(model))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from diffprune_fast import trace
 from diffprune_fast.plan import Group, Member, Plan
 from diffprune_fast.report.figures import kept_channels, loss_curve, sample_grids
 from diffprune_fast.report.page import headline, write_report
@@ -71,7 +72,7 @@ def best(*rows: Measured) -> dict[str, list[str]]:
 
 def test_every_metric_has_a_line_for_every_stage_and_the_originals_figure_in_each():
     assert cells(ORIGINAL, PRUNED) == {
-        "params": ("2.50M", "1.25M (50%)"),
+        "parameters": ("2.50M", "1.25M (50%)"),
         "MACs": ("80.00M", "40.00M (50%)"),
         "s/image": ("0.012", "0.008"),
         "loss, sliced": ("0.0232", "0.1160"),
@@ -85,13 +86,29 @@ def test_what_was_not_measured_is_a_dash():
     halfway = Measured("halfway", 2, 2, None, {"sliced": {"loss": 0.5}})
     found = cells(ORIGINAL, PRUNED, halfway)
     assert found["s/image"][2] == found["loss, distilled"][2] == found["SSIM, sliced"][2] == DASH
-    assert cells(Measured("alone", 2, 2))["s/image"] == (DASH,)
+
+
+def test_what_no_model_has_is_no_line():
+    assert cells(Measured("alone", 2, 2)).keys() == {"parameters", "MACs"}
+
+
+def test_a_deviation_has_the_decimals_of_its_figure_and_stands_beside_none_that_is_lacking():
+    spread = {"": {"loss": 0.00162, "kernel distance": 0.0000617, "SSIM": 0.01}}
+    dense = Measured("dense", 2, 2, None, {"": {"loss": 0.0313, "kernel distance": 0.00123}}, spread)
+    pruned = Measured("pruned", 1, 1, None, {"": {"loss": 0.05, "SSIM": 0.9}})
+    assert cells(dense, pruned)["loss"] == ("0.0313 ± 0.0016", "0.0500")
+    assert cells(dense, pruned)["kernel distance"] == ("0.00123 ± 0.00006", DASH)
+    assert cells(dense, pruned)["SSIM"] == (DASH, "0.900")
+
+
+def test_where_all_pruned_models_show_the_same_none_is_the_best():
+    assert not best(ORIGINAL, PRUNED, Measured("twin", 1, 1, 0.008))["s/image"]
 
 
 def test_the_best_of_every_line_is_marked_whichever_row_it_is():
     worse = Measured("worse", 1, 1, 0.01, {"sliced": {"loss": 0.3, "SSIM": 0.1}, "distilled": {"loss": 0.3}})
     assert best(ORIGINAL, worse, PRUNED, RANDOM) == {
-        "params": [],
+        "parameters": [],
         "MACs": [],
         "s/image": ["Diff-Pruning"],
         "loss, sliced": ["Diff-Pruning"],
@@ -205,3 +222,24 @@ def test_kept_channels_draws_each_groups_share_and_counts():
     assert widths == [1.0, 1.0, 0.25, 1.0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     assert [text.get_text() for text in axes.texts] == ["2 of 8", "16 of 16"]
+
+
+def test_kept_channels_come_in_the_order_of_the_forward():
+    class Backwards(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.middle, self.first = (torch.nn.Linear(*n) for n in ((8, 2), (4, 8), (3, 4)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.middle(self.first(x)))
+
+    axes = kept_channels(trace(Backwards(), (torch.zeros(1, 3),)), {}).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "middle"]
+
+
+def test_a_page_inverts_its_charts_in_the_dark_and_never_its_samples(tmp_path):
+    samples = sample_grids({"dense": torch.zeros(2, 1, 8, 8)})
+    figures = {"Samples": (samples, ""), "Timesteps": (loss_curve(curve()), "")}
+    text = write_report(tmp_path / "r.html", [ORIGINAL], figures, title="Digits").read_text(encoding="utf-8")
+    assert "prefers-color-scheme: dark) { figure.chart img { filter: invert(1)" in text
+    assert text.count('<figure class="chart">') == text.count('<figure class="pictures">') == 1

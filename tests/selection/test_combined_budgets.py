@@ -30,5 +30,5 @@ def test_both_are_met_and_one_of_them_closely(plan: Plan, macs: float, params: f
 
 
 def test_a_ratio_stands_alone(plan: Plan) -> None:
-    with pytest.raises(ValueError, match=r"give one budget, not 2 \(params and macs can be combined\)"):
+    with pytest.raises(ValueError, match=r"give one budget, not 2 \(all others can be combined\)"):
         select(plan, np.random.default_rng(0).random(plan.n_units), ratio=0.3, macs=0.5)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .. import computed_weights
 from ..labels import LabelMaps, Labels, varying
 from ..scale_folding import targets_of_parameters
-from .contractions import join_vector
+from .contractions import all_zero, join_vector
 from .registry import Operation, align, each, empty_output, pad_shape, rule
 
 
@@ -93,6 +94,21 @@ def batch_norm(
         for parameter in affine[:1]:
             walk.attribute(parameter, "num_features", label_map)
     walk.label(each(out)[0], Labels(maps))
+    return out
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(op: Operation, v: Tensor, g: Tensor, dim: int = 0) -> Any:
+    """``g * v / |v|``, the norm over all dims but one: along that one channels go as those of any weight."""
+    walk, out = op.walk, op.run()
+    norms = align(walk.maps(g), v.dim()), pad_shape(g.shape, v.dim())
+    maps = walk.graph.join(walk.maps(v), v.shape, *norms, op.place)
+    normed = tuple([x for x in maps if varying(x) != (dim,)])
+    if normed and not (dim == 0 and computed_weights.note_gain(walk, g, v)):
+        for label_map in normed:
+            walk.graph.freeze(label_map, f"changes the norm of a weight in {op.place}")
+        maps = tuple([x for x in maps if varying(x) == (dim,)])
+    walk.label(each(out)[0], Labels(maps, zero=all_zero(walk, v, g)))
     return out
 
 

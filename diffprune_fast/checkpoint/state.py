@@ -1,4 +1,4 @@
-"""A training's state on disk: one file, replaced as a whole."""
+"""The state of work that takes long, on disk: one file, replaced as a whole."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def read_state(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_state(path: Path, settings: Mapping[str, Any], work: str = "training") -> dict[str, Any] | None:
     """The state in ``path``, None where there is no file; loading it runs no code of it.
 
-    Raises ValueError for a file that is no training's state, or one of other ``settings``.
+    work: what it has to be the state of, in a word. Raises ValueError for a file that is no such state, or one of other
+    ``settings``.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
     except Exception as error:
-        raise ValueError(f"{path} can't be read as a training's state ({error}): remove it to begin anew") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is no training's state of this version: remove it to begin anew")
+        raise ValueError(f"{path} can't be read as a {work}'s state ({error}): remove it to begin anew") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("work", "training") != work:
+        raise ValueError(f"{path} is no {work}'s state of this version: remove it to begin anew")
     other = sorted(k for k in settings if state["settings"].get(k) != settings[k])
     if other:
         was = ", ".join(f"{k}={state['settings'].get(k)!r}" for k in other)
         now = ", ".join(f"{k}={settings[k]!r}" for k in other)
-        raise ValueError(f"{path} is of a training with {was}, not {now}: remove it to begin anew")
+        raise ValueError(f"{path} is of a {work} with {was}, not {now}: remove it to begin anew")
     return state
