@@ -178,7 +178,7 @@ FREEZING = {
     "a constant per channel": lambda h: h * torch.arange(12.0, device=h.device)[None, :, None, None],
     "channels picked by position": lambda h: h + h[:, :1],
     "a reordering": lambda h: h.flip(1),
-    "an indexed write": lambda h: h.clone().index_put_((torch.tensor([0]),), h[0]),
+    "an indexed write": lambda h: h.clone().index_put_((torch.tensor([0]), torch.tensor([0])), h[0, 1]),
     "a write into a buffer": lambda h: torch.zeros_like(h[:, :1]).repeat(1, 12, 1, 1).copy_(h),
     "unequal pieces": lambda h: torch.cat(h.split([4, 8], dim=1), 1),
 }
