@@ -52,7 +52,7 @@ def _lines() -> type:
             super().set_postfix(*args, **{**options, "refresh": False})
 
         def close(self) -> None:
-            if not self.disable:
+            if not self.disable:  # type: ignore[has-type]
                 self.disable = True
                 self._decr_instances(self)
 
