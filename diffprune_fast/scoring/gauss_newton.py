@@ -147,6 +147,7 @@ class Damage:
         self._work = work
         self._table = consumer_table(work.plan, work.model)
         self._parameters = {n: work.parameters[n] for n in self._table.parameters}
+        self._hooks = GradientHooks(self._parameters)
         self._probe = Probe(work)
         self._current, self._sum = work.new_scores(), work.new_scores()
         self._waiting: list[str] = []
@@ -162,7 +163,7 @@ class Damage:
         if product is None or not self._parameters:
             return
         self._current.zero_()
-        with GradientHooks(self._parameters, self._arrived):
+        with self._hooks.calling(self._arrived):
             product.backward(inputs=list(self._parameters.values()))
             self._flush()
         self._sum += self._current.square()
@@ -202,7 +203,7 @@ class Damage:
             self._flush()
 
     def _flush(self) -> None:
-        add_scores(self._current, self._work, self._table, self._waiting, "signed")
+        add_scores(self._current, self._work, self._table, self._waiting, "signed", again=True)
         for name in self._waiting:
             self._work.parameters[name].grad = None
         self._waiting, self._bytes = [], 0
