@@ -341,7 +341,7 @@ def test_an_interrupted_prune_is_gone_on_with(inputs, tmp_path, monkeypatch):
     from diffprune_fast.scoring import state
 
     common = ("prune", inputs / "model", "--images", inputs / "train", "--batch-size", 4, "--max-samples", 32)
-    common += ("--ratio", 0.3, "--no-compensate", "--no-rotate", "--out", tmp_path / "out")
+    common += ("--macs", 0.6, "--no-compensate", "--no-rotate", "--out", tmp_path / "out")
     monkeypatch.setattr(state, "SECONDS", 0.0)
     whole, calls = LossRun.mean_loss, []
 
