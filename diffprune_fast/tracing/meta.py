@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from .channels import Channels
 from .labels import Labels
 from .notes import note_on, read_note
+from .values import remember_input
 
 
 class LikeADevice(TorchFunctionMode):
@@ -76,10 +77,14 @@ def _labelled_like(t: Tensor) -> Tensor:
 
 
 def inputs_on_meta(tree: Any) -> Any:
-    """Floating-point inputs go to meta; ids, masks and numbers stay real."""
+    """Floating-point inputs go to meta, where a forward may still ask for their values; ids and masks stay real."""
 
     def moved(t: Tensor) -> Tensor:
-        return torch.empty(t.shape, dtype=t.dtype, device="meta") if t.is_floating_point() else t
+        if not t.is_floating_point():
+            return t
+        out = torch.empty(t.shape, dtype=t.dtype, device="meta")
+        remember_input(out, t)
+        return out
 
     return tree_map_only(Tensor, moved, tree)
 
@@ -169,6 +174,6 @@ def _stand_in(t: Tensor, name: str, channels: Channels, kept: Mapping[tuple[str,
     if isinstance(t, nn.Parameter):
         out = nn.Parameter(out, requires_grad=False)
     note, maps = note_on(out), channels.maps(name, kept)
-    note.labels = Labels(maps) if maps else None
+    note.labels = Labels(maps, zero=isinstance(t, nn.Parameter)) if maps else None
     note.parameter = name
     return out
