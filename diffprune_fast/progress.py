@@ -36,6 +36,8 @@ def _lines() -> type:
     class Lines(tqdm):
         """``scoring: 256 of 512 samples, 00:41, 00:40 left``; nothing of a loop that is over before the first."""
 
+        disable: bool
+
         def __init__(self, *args: Any, unit: str, **options: Any) -> None:
             units = unit + ("es" if unit.endswith("ch") else "s")
             format = "{desc}: {n_fmt} of {total_fmt} " + units + ", {elapsed}, {remaining} left{postfix}"

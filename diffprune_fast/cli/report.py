@@ -65,12 +65,11 @@ def _row(found: dict[str, Any]) -> Measured:
 
     figures = {name: x["mean"] for name, x in found["figures"].items()}
     spread = {name: x["deviation"] for name, x in found["figures"].items() if x["deviation"] is not None}
-    seconds = figures.pop("s/image", None)
     for forward in found["forwards"]:
         figures[f"ms/forward, batch {forward['batch_size']}"] = 1e3 * forward["seconds"]
         if forward["peak_bytes"] is not None:
             figures[f"peak MiB, batch {forward['batch_size']}"] = forward["peak_bytes"] / 2**20
-    return Measured(found["name"], found["params"], found["macs"], seconds, {"": figures}, {"": spread})
+    return Measured(found["name"], found["params"], found["macs"], None, {"": figures}, {"": spread})
 
 
 def _samples(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -220,6 +220,7 @@ def _make_room(stage: Stage, same: bool) -> None:
 def _finish(asked_for: Mapping[str, Any], config: Path) -> None:
     """The card beside the model that the run ended with says what was measured of it, and the run's own command."""
     from ..report.card import write_card
+    from ..report.table import seeds_in_words
 
     out = Path(asked_for["out"])
     last = "recovered" if asked_for.get("finetune") else "pruned"
@@ -228,8 +229,10 @@ def _finish(asked_for: Mapping[str, Any], config: Path) -> None:
     dense = json.loads((out / EVALUATIONS / "dense" / RESULT).read_text(encoding="utf-8"))
     figures = {}
     for metric, x in found["figures"].items():
+        if metric == "s/image":
+            continue  # the models were timed at different moments
         spread = "" if x["deviation"] is None else f" ± {x['deviation']:.2g}"
         beside = dense["figures"].get(metric)
         was = "" if beside is None else f" (dense {beside['mean']:.4g})"
-        figures[metric] = f"{x['mean']:.4g}{spread}, {x['n']} seeds{was}"
+        figures[metric] = f"{x['mean']:.4g}{spread}, {seeds_in_words(x['n'])}{was}"
     write_card(out / last, command=f"diffprune-fast run {config}", figures=figures)

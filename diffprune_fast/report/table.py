@@ -53,6 +53,10 @@ DECIMALS = {"loss": 4, "SSIM": 3, "Fréchet distance": 1, "precision": 3, "recal
 HIGHER_IS_BETTER = frozenset({"SSIM", "precision", "recall", "CLIP score"})
 
 
+# Metrics that were timed on each model at another moment: which is the fastest may be the machine's doing.
+TIMES = ("s/image", "ms/")
+
+
 WIDTH = 110
 
 
@@ -81,6 +85,8 @@ def lines(rows: Sequence[Measured]) -> list[Line]:
             figures = [row.figure(stage, metric) for row in rows]
             heading = f"{metric}, {stage}" if stage else metric
             line = _line(heading, figures, DECIMALS.get(metric), higher=metric in HIGHER_IS_BETTER)
+            if metric.startswith(TIMES):
+                line = replace(line, best=plain)
             spread = [row.deviation(stage, metric) for row in rows]
             found.append(replace(line, cells=tuple(map(_with_spread, line.cells, spread))))
     return [line for line in found if set(line.cells) != {DASH}]
@@ -107,12 +113,13 @@ def _line(heading: str, figures: Sequence[float | None], decimals: int | None, *
 
 
 def _size(n: int, of: int) -> str:
-    return _short(n) if n == of else f"{_short(n)} ({100 * n / of:.0f}%)"
+    return _short(n, of) if n == of else f"{_short(n, of)} ({100 * n / of:.0f}%)"
 
 
-def _short(n: int) -> str:
+def _short(n: int, of: int) -> str:
+    """``n`` in the unit that suits ``of``."""
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= factor:
+        if of >= factor:
             return f"{n / factor:.2f}{unit}"
     return str(n)
 

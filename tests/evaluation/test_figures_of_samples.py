@@ -28,7 +28,7 @@ def test_precision_falls_with_bad_samples_and_recall_with_lacking_ones():
     precision, recall = precision_and_recall(one, both)
     assert precision > 0.75
     assert 0.35 < recall <= 0.5
-    assert precision_and_recall(astray, one)[0] < 0.5
+    assert precision_and_recall(astray, one)[0] <= 0.5
 
 
 def test_the_larger_set_is_cut_to_the_smaller_ones_number():

@@ -101,6 +101,14 @@ def test_a_deviation_has_the_decimals_of_its_figure_and_stands_beside_none_that_
     assert cells(dense, pruned)["SSIM"] == (DASH, "0.900")
 
 
+def test_times_of_different_moments_have_no_best_and_sizes_have_the_originals_unit():
+    timed = [
+        Measured(str(n), n, n, None, {"": {"ms/forward, batch 1": n / 1e5}}) for n in (2_000_000, 900_000, 800_000)
+    ]
+    assert not any(best(*timed).values())
+    assert cells(*timed)["parameters"] == ("2.00M", "0.90M (45%)", "0.80M (40%)")
+
+
 def test_where_all_pruned_models_show_the_same_none_is_the_best():
     assert not best(ORIGINAL, PRUNED, Measured("twin", 1, 1, 0.008))["s/image"]
 
