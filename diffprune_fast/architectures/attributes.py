@@ -37,6 +37,10 @@ PARAMETER_ATTRIBUTES: dict[str, dict[str, tuple[str, int]]] = {
     "AudioDiTAttention": {"inner_dim": ("to_q.weight", 0)},
     "MPNetSelfAttention": {"all_head_size": ("q.weight", 0)},
     "MixtralTopKRouter": {"hidden_dim": ("weight", 1)},
+    **{n: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)} for n in ("RNN", "LSTM", "GRU")},
+    **{
+        n: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)} for n in ("RNNCell", "LSTMCell", "GRUCell")
+    },
 }
 
 

@@ -111,6 +111,12 @@ def _autoencoder_kl(model: nn.Module) -> list[Call]:
     return [("encode", (_meta(1, c.in_channels, *size),), {}), ("decode", (latents,), {})]
 
 
+def _autoencoder_temporal(model: nn.Module) -> list[Call]:
+    """Decoded are frames that belong together."""
+    encode, (method, (latents,), _) = _autoencoder_kl(model)
+    return [encode, (method, (_meta(2, *latents.shape[1:]),), {"num_frames": 2})]
+
+
 def _autoencoder_tiny(model: nn.Module) -> list[Call]:
     c = _config(model)
     factor = 2 ** (len(c.encoder_block_out_channels) - 1)
@@ -122,6 +128,7 @@ _KNOWN: dict[str, Callable[[nn.Module], list[Call]]] = {
     "UNet2DModel": _unet2d,
     "UNet2DConditionModel": _unet2d_condition,
     "AutoencoderKL": _autoencoder_kl,
+    "AutoencoderKLTemporalDecoder": _autoencoder_temporal,
     "VQModel": _autoencoder_kl,
     "AutoencoderTiny": _autoencoder_tiny,
 }

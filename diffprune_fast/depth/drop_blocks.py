@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import itertools
 import re
@@ -20,6 +19,7 @@ from ..architectures.inputs import calls_of
 from ..checkpoint.saving import replace_save_pretrained
 from ..ops.slice_channels import Step
 from ..plan.blocks import Block
+from ..pruned.held_tensors import copied
 from ..pruned.passthrough import Passthrough
 from ..pruned.record import before_pruning
 from ..result import PruneResult
@@ -76,7 +76,7 @@ def drop_blocks(
     """
     check_optimizer(model, optimizer, inplace)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     blocks = find_blocks(model, example_inputs)
     chosen = named(blocks, [names] if isinstance(names, str) else names)
     before = complexity_of(model, calls_of(model, example_inputs))

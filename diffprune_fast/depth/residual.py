@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..plan.blocks import Returns
+from ..pruned.held_tensors import copied
 
 # Products, and the place of what is added to them (2: after the factors, where it is given).
 _PRODUCTS = {"mm": 2, "bmm": 2, "linear": 2, "convolution": 2, "addmm": 0, "baddbmm": 0}
@@ -70,7 +70,7 @@ def _with_zeros(module: nn.Module) -> nn.Module:
     for b in module.buffers():
         dtype = torch.float32 if b.is_floating_point() else b.dtype
         memo[id(b)] = torch.zeros(b.shape, dtype=dtype) if b.is_meta else b.detach().to("cpu", dtype)
-    twin = copy.deepcopy(module, memo).eval()
+    twin = copied(module, memo).eval()
     for part in twin.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from ..architectures.inputs import calls_of
 from ..ops.slice_channels import Step
 from ..plan.blocks import Block
 from ..plan.plan import Complexity
+from ..pruned.held_tensors import copied
 from ..scoring.scores import BlockScores
 from ..selection.budgets import parse_budgets
 from ..slicing.optimizers import forgetting
@@ -72,7 +72,7 @@ def shallower(
     if blocks is None:
         return Shallower(model, budget)
     parse_budgets(budget)
-    whole = model if inplace else copy.deepcopy(model)
+    whole = model if inplace else copied(model)
     chosen, scores = _choose(whole, loader, blocks, example_inputs, options or {})
     before = complexity_of(whole, calls_of(whole, example_inputs))
     old = list(whole.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ from ..plan.keep_sets import sliced_shapes
 from ..plan.lattice import Lattice, Ranking, lattice, rank_units
 from ..plan.plan import Keep, Plan
 from ..progress import bar
+from ..pruned.held_tensors import copied
 from ..scoring.checks import AUTOCAST
 from ..scoring.scores import Scores, Sensitivities
 from ..selection.budgets import match_groups
@@ -199,7 +199,7 @@ class _Bench:
         return change
 
     def _sliced(self, keep: Keep) -> tuple[nn.Module, Kept]:
-        pruned = copy.deepcopy(self._dense)
+        pruned = copied(self._dense)
         sliced = sliced_shapes(pruned, self._plan, keep)
         for step in slicing_steps(pruned, self._plan, sliced, backend=self._backend):
             step()

@@ -8,7 +8,6 @@ those of the sliced one.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from ..architectures.inputs import Call
 from ..architectures.position_tables import table_of
 from ..plan.keep_sets import Sliced
 from ..plan.plan import Plan
-from ..pruned.held_tensors import tables
+from ..pruned.held_tensors import copied, tables
 from ..result import Proof
 from ..tracing.meta import device_of
 from ..tracing.outputs import outputs_in
@@ -181,10 +180,8 @@ def _twin(model: nn.Module, shapes: Any, cut: Cut, mode: Recorder) -> nn.Module:
     for name, _, _, t in tables(model):
         if id(t) not in memo:
             memo[id(t)] = mode.stand_in(name, t, cut) if t.is_floating_point() and name in shapes else t
-    for held in [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]:
-        memo.setdefault(id(held), held.detach())  # what the last forward has computed: its graph can't be copied
     try:
-        return copy.deepcopy(model, memo)
+        return copied(model, memo)
     except Exception as error:
         raise Incomparable(f"the model can't be copied: {error}") from error
 

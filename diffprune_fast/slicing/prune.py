@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -17,6 +16,7 @@ from ..checkpoint.saving import replace_save_pretrained
 from ..choices import NormGroups
 from ..plan.keep_sets import Sliced, sliced_shapes
 from ..plan.plan import Plan
+from ..pruned.held_tensors import copied
 from ..pruned.record import before_pruning
 from ..result import PruneResult
 from .commit import Change
@@ -134,7 +134,7 @@ def checked(
     check_optimizer(model, optimizer, inplace, {name for name, _ in sliced.kept})
     proven = prove(model, plan, sliced, calls_of(model, example_inputs)) if proof else None
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     seconds = {"verify": time.perf_counter() - started}
     change = prepared(model, plan, sliced, norm_groups, optimizer, backend, seconds=seconds)
     return change.and_then((), proof=proven)

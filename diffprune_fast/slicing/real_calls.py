@@ -191,6 +191,28 @@ def _mean(like: Called, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     return out
 
 
+def _sub(like: Called, func: Any, x: Tensor, other: Any, **kwargs: Any) -> Tensor:
+    """Less a mean over channels, say: those that went stay zero."""
+    out = func(x, other, **kwargs)
+    sizes = like.out[0]
+    for d in range(x.dim() if x.shape == out.shape and len(sizes) == x.dim() else 0):
+        if out.shape[d] != sizes[d] and isinstance(other, Tensor) and d >= x.dim() - other.dim():
+            there = (x != 0).movedim(d, 0).flatten(1).any(1)
+            if other.shape[d - x.dim()] == 1 and int(there.sum()) == sizes[d]:
+                out = out * there.reshape([-1 if e == d else 1 for e in range(x.dim())])
+    return out
+
+
+def _spread(like: Called, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A variance over the channels that aren't zero, where some are."""
+    theirs = like.sizes[0]
+    for d in [d for d in range(x.dim()) if len(theirs) == x.dim() and x.shape[d] != theirs[d]]:
+        out = func(x, *args, **kwargs)
+        if any(o.dim() == x.dim() and o.shape[d] == 1 for o in _tensors(out)):
+            x = x.index_select(d, _kept([x.movedim(d, 0).flatten(1)], theirs[d]))
+    return func(x, *args, **kwargs)
+
+
 _DEVICE = Tensor.device.__get__
 
 
@@ -215,4 +237,6 @@ _OVER_CHANNELS: dict[Any, Callable[..., Tensor]] = {
     F.rms_norm: _rms_norm,
     Tensor.mean: _mean,
     torch.mean: _mean,
+    **dict.fromkeys((Tensor.sub, Tensor.__sub__, torch.sub), _sub),
+    **dict.fromkeys((Tensor.var, torch.var, Tensor.std, torch.std, torch.var_mean, torch.std_mean), _spread),
 }

@@ -42,7 +42,9 @@ def freeze_gains_read_elsewhere(walk: Walk) -> None:
 
 def is_computed_weight(module: nn.Module, name: str) -> bool:
     """Whether an attribute holds what a hook computes anew before every forward."""
-    return any(type(hook) in _HOOKS and hook.name == name for hook in module._forward_pre_hooks.values())
+    return any(
+        type(hook) in _HOOKS and getattr(hook, "name", None) == name for hook in module._forward_pre_hooks.values()
+    )
 
 
 def with_cures(model: nn.Module, frozen: dict[str, str]) -> dict[str, str]:

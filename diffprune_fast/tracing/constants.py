@@ -19,7 +19,7 @@ _MADE = {
 }
 
 
-_VIEWS = "alias detach view reshape expand unsqueeze squeeze slice select transpose permute t contiguous to"
+_VIEWS = "alias detach view reshape expand unsqueeze squeeze slice select unbind transpose permute t contiguous to"
 
 
 _IS_VIEW = frozenset(_VIEWS.split())
@@ -64,6 +64,11 @@ def is_diagonal(t: Tensor) -> bool:
     """A matrix with the same kernel all along its diagonal: every channel goes through it by itself."""
     content = read_note(t).content
     return content is not None and content.diagonal == id(t)
+
+
+def is_zero(t: Tensor) -> bool:
+    """Whether a tensor is known to hold nothing but zeros."""
+    return _kind(t) == "zero"
 
 
 def varying_shape(t: Tensor) -> tuple[int, ...]:

@@ -40,6 +40,12 @@ class Graph:
     heads: Heads | None = None
 
     def __post_init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """As if nothing had been collected."""
+        for found in (self.edges, self.frozen, self.constraints):
+            found.clear()
         self._row_of = np.zeros(self.n_channels, np.int32)
         self._n_rows = 0
 

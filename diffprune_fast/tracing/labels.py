@@ -29,12 +29,16 @@ class Labels:
 
     maps: see above. fold_targets: parameters whose common factor is a factor of this tensor, or None (unknown).
 
-    power: the labels of another tensor, and which power of it this one is (None: it is no other's).
+    power: the labels of another tensor, and which power of it this one is (None: it is no other's). centred: what
+    stands for this tensor less its mean, once something has asked for it. zero: it is zero in every channel whose
+    parameters are, so that a sum over channels is what it is without those.
     """
 
     maps: LabelMaps
     fold_targets: tuple[FoldTarget, ...] | None = None
     power: tuple[Labels, float] | None = None
+    centred: Labels | None = None
+    zero: bool = False
 
 
 def varying(label_map: LabelMap) -> tuple[int, ...]:

@@ -174,6 +174,6 @@ def _stand_in(t: Tensor, name: str, channels: Channels, kept: Mapping[tuple[str,
     if isinstance(t, nn.Parameter):
         out = nn.Parameter(out, requires_grad=False)
     note, maps = note_on(out), channels.maps(name, kept)
-    note.labels = Labels(maps) if maps else None
+    note.labels = Labels(maps, zero=isinstance(t, nn.Parameter)) if maps else None
     note.parameter = name
     return out

@@ -23,12 +23,18 @@ class Content:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A mean over channels: it goes with ``source`` to the power ``degree``. maps: the channels that it is over."""
+    """What was made of a mean over channels: it goes with ``source`` to the power ``degree``.
+
+    maps: the channels that the mean is over. mean_of: the labels of what it is the plain mean of. centred: it has
+    channels still, those of ``source`` less their mean.
+    """
 
     source: Labels
     degree: float
     maps: LabelMaps
     reason: str
+    mean_of: Labels | None = None
+    centred: bool = False
 
 
 @dataclass(slots=True)
@@ -47,7 +53,7 @@ class TensorNote:
     """What is known of a tensor.
 
     labels: which channel each element belongs to. parameter: the name of the parameter or buffer that it stands for.
-    content: what is in it, if the forward made it of numbers alone. statistic: the mean over channels that it holds.
+    content: what is in it, if the forward made it of numbers alone. statistic: what it holds of a mean over channels.
     made: whether the walk saw how the values that it holds were made. origin: how to make them, on meta.
     """
 

@@ -7,7 +7,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..plan.plan import Plan
+from .channels import Channels
 from .errors import TraceError
+from .graph import Graph
+
+_FLAT = "lies with others in one piece of memory, for cuDNN: trace the model before it is moved to the GPU"
 
 
 def refuse_model(model: nn.Module) -> None:
@@ -22,7 +26,8 @@ def refuse_model(model: nn.Module) -> None:
         if is_traceable_wrapper_subclass(t):
             raise TraceError(
                 f"{name} is a {type(t.data).__name__}, a tensor made of others (sharded by FSDP2 or tensor "
-                "parallelism, or quantised), which can't be sliced: prune the model before it is wrapped"
+                "parallelism, or quantised), which can't be sliced: prune the model first and shard or quantise the "
+                "smaller one"
             )
 
 
@@ -41,6 +46,17 @@ def refuse_shared_memory(model: nn.Module, plan: Plan) -> None:
                 "tensor): slicing one would destroy the other. Tie them by assigning the parameter itself, or give "
                 "each memory of its own: p.data = p.data.clone()"
             )
+
+
+def freeze_flat_weights(model: nn.Module, channels: Channels, graph: Graph) -> None:
+    """The weights that an RNN keeps as windows of one tensor, for cuDNN, stay as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            memory = [_memory(p) for p in module.parameters()]
+            if len(set(memory)) < len(memory) and None not in memory:
+                for p in module.parameters():
+                    for label_map in channels.maps(channels.names[id(p)]):
+                        graph.freeze(label_map, _FLAT)
 
 
 def _memory(t: Tensor) -> int | None:

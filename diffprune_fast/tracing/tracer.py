@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..architectures.attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from ..architectures.position_tables import Table, table_of
-from . import computed_weights, constants, interface, scale_folding, spelled_norms, steps, values
+from . import (
+    computed_weights,
+    constants,
+    flex_attention,
+    interface,
+    scale_folding,
+    spelled_norms,
+    steps,
+    values,
+)
 from .caches import nothing_left_outside
 from .channels import Channels
 from .errors import TraceError, explain_failure
@@ -21,6 +31,7 @@ from .labels import Labels, varying
 from .meta import LikeADevice, inputs_on_meta, module_hooks, on_meta
 from .notes import note_on
 from .records import Calls
+from .refusals import freeze_flat_weights
 from .rules import Operation, apply_rule, has_rule
 from .walk import Walk
 
@@ -33,12 +44,17 @@ def walk_forward(model: nn.Module, channels: Channels, graph: Graph, calls: Call
     except TraceError:
         raise
     except Exception as error:
+        if flex_attention.compiles(model, error):
+            graph.clear()
+            return walk_forward(model, channels, graph, calls)
         raise TraceError(explain_failure(type(model).__name__, tracer.walk.module, error)) from error
     return tracer.walk
 
 
 class Tracer(TorchDispatchMode):
     """The dispatch mode under which the model runs: it hands every operation to its rule and writes it down."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, channels: Channels, graph: Graph) -> None:
         super().__init__()
@@ -50,11 +66,13 @@ class Tracer(TorchDispatchMode):
         Raises whatever the forward does.
         """
         walk = self.walk
+        freeze_flat_weights(model, walk.channels, walk.graph)
         with (
             nothing_left_outside(model),
             on_meta(model, walk.channels, kept),
             module_hooks(model, self._enter, self._leave),
             LikeADevice(walk.device),
+            flex_attention.not_compiled(model),
         ):
             if any(method == "forward" for method, _, _ in calls):
                 interface.latents_stay(model, walk)
@@ -69,19 +87,29 @@ class Tracer(TorchDispatchMode):
         computed_weights.freeze_gains_read_elsewhere(walk)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not isinstance(func, OpOverload):
+            if not flex_attention.is_flex_attention(func):
+                raise NotImplementedError(f"{func} has operations of its own, which can't be followed")
+            return flex_attention.follow_flex_attention(self.walk, self, args)
         with torch._C.DisableTorchFunction():  # the forward's mode is not asked for every shape that a rule reads
             return self._follow(func, args, kwargs or {})
 
     def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
         tensors = list(self.walk.tensors((args, kwargs)))
-        statistic = spelled_norms.statistic_of_output(self.walk, name, args, tensors) if self.walk.statistics else None
+        statistic = None
+        if self.walk.statistics:
+            statistic = spelled_norms.statistic_of_output(self.walk, name, args, kwargs, tensors)
         content = constants.content_of_output(func, args, tensors)
         out = self._run(func, args, kwargs, tensors)
+        if func._schema.is_mutable:
+            for t in tensors:
+                self.walk.written[t.untyped_storage()._cdata] = t.untyped_storage(), self.walk.labels(t)
         if content is not None:
-            note_on(out).content = content
+            for t in self.walk.tensors(out):
+                note_on(t).content = content
         if statistic is not None:
-            note_on(out).statistic = statistic
+            spelled_norms.settle(self.walk, statistic, out)
         values.note_origin(func, args, kwargs, tensors, out, len(self.walk.steps), self.walk.writes)
         scale_folding.note_other_uses(self.walk, name, tensors, kwargs, out)
         steps.record_step(self.walk, func, args, kwargs, tensors, out)

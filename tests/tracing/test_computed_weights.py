@@ -96,6 +96,18 @@ def test_computed_weight_is_no_feature_left_in_an_attribute() -> None:
     assert dpf.trace(Net(torch.nn.utils.weight_norm), (X.float(),)).notes == ()
 
 
+def test_computed_weights_with_a_graph_are_copied() -> None:
+    """As they are after a step of training: PyTorch's own copy fails."""
+    model = Net(torch.nn.utils.weight_norm).double()
+    model(X).sum().backward()
+    plan = dpf.trace(model, (X,))
+    result = dpf.prune(model, plan, random_keep(plan, 0.4, 0), example_inputs=(X,), inplace=False)
+    assert result.model.hidden.in_features == 8
+    assert model.hidden.weight.requires_grad
+    assert result.proof is not None
+    assert result.proof.error is not None
+
+
 def test_row_of_which_only_zeros_would_stay_is_refused() -> None:
     model = Net(parametrizations.weight_norm)
     plan = dpf.trace(model, (X.float(),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,20 @@ def test_gpt2_is_exact() -> None:
     whole = sum(p.numel() for p in model.parameters())
     assert_exact(model, lambda m: m(input_ids=ids).logits, example_inputs={"input_ids": ids})
     assert sum(p.numel() for p in model.parameters()) < 0.9 * whole
+
+
+def test_stable_video_diffusions_temporal_decoder_is_exact() -> None:
+    blocks = ("DownEncoderBlock2D", "DownEncoderBlock2D")
+    model = diffusers.AutoencoderKLTemporalDecoder(
+        3, 3, blocks, block_out_channels=(32, 64), layers_per_block=1, sample_size=16
+    )
+
+    def run(m: nn.Module) -> Tensor:
+        z = m.encode(torch.cat([X, X], 3)).latent_dist.parameters[:, :4]
+        return m.decode(z, num_frames=2).sample
+
+    result = assert_exact(model, run, norm_groups="count")
+    assert result.after.params < 0.7 * result.before.params
 
 
 def test_heads_are_taken_whole_where_only_the_probe_finds_that_dims_have_to_stay() -> None:

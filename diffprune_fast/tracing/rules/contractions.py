@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..constants import is_zero
 from ..labels import LabelMap, LabelMaps, Labels, varying
 from ..scale_folding import targets_of_projection
+from ..walk import Walk
 from .registry import Operation, align, empty_output, pad_shape, rule
 
 
@@ -41,6 +43,12 @@ def join_vector(op: Operation, maps: LabelMaps, shape: Sequence[int], vector: Te
     return op.walk.graph.join(maps, shape, mine, view, op.place)
 
 
+def all_zero(walk: Walk, *parameters: Tensor | None) -> bool:
+    """Whether all that there are of a layer's parameters are zero in the channels that go."""
+    found = [walk.labels(p) for p in parameters if p is not None]
+    return all(labels is not None and labels.zero for labels in found)
+
+
 @rule("linear")
 def linear(op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     walk = op.walk
@@ -50,12 +58,14 @@ def linear(op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None)
         return op.run()  # raises PyTorch's own error
     out = empty_output((*x.shape[:-1], weight.shape[0]), x)
     ndim = x.dim() + 1
-    sx, sw = (*x.shape[:-1], 1, x.shape[-1]), pad_shape(weight.shape, ndim)
+    n = 1 if is_zero(x) else x.shape[-1]  # zeros (an RNN's first state) leave any inputs out
+    sx, sw = (*x.shape[:-1], 1, n), pad_shape(weight.shape, ndim)
     left, summed = contract(op, insert_dim(walk.maps(x), -2), sx, align(walk.maps(weight), ndim), sw)
     left = join_vector(op, left, out.shape, bias, -1)
     walk.attribute(weight, "in_features", *[y for y in summed if varying(y) == (ndim - 1,)])
     walk.attribute(weight, "out_features", *[y for y in left if varying(y) == (out.dim() - 1,)])
-    walk.label(out, Labels(left, targets_of_projection(walk, weight, bias)))
+    zero = all(varying(y) == (out.dim() - 1,) for y in left) and all_zero(walk, weight, bias)
+    walk.label(out, Labels(left, targets_of_projection(walk, weight, bias), zero=zero))
     return out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..constants import is_diagonal
 from ..labels import LabelMap, LabelMaps, Labels, varying
 from ..scale_folding import targets_of_projection
-from .contractions import join_vector
+from .contractions import all_zero, join_vector
 from .registry import Operation, empty_output, rule
 
 
@@ -53,7 +53,8 @@ def convolution(
             walk.attribute(weight, "groups", cin)
     if cout is not None:
         walk.attribute(weight, "out_channels", cout)
-    walk.label(out, Labels(maps, targets_of_projection(walk, weight, bias) if not transposed else None))
+    targets = targets_of_projection(walk, weight, bias) if not transposed else None
+    walk.label(out, Labels(maps, targets, zero=batch is None and all_zero(walk, weight, bias)))
     return out
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..constants import varying_shape
-from ..labels import LabelMap, Labels
-from ..notes import Statistic, note_on
+from ..labels import LabelMap, LabelMaps, Labels, varying
+from ..notes import note_on, read_note
 from ..scale_folding import targets_of_elementwise
-from ..spelled_norms import power_after, power_of
+from ..spelled_norms import freeze_statistic, note_statistic, power_after
 from .registry import Operation, align, apply_rule, dims_of, each, empty_output, pad_shape, rule, rule_of_first
 
 _IDENTITY = (
@@ -29,6 +29,14 @@ _UNARY = """abs acos asin atan bernoulli ceil celu clamp clamp_ clamp_max clamp_
     selu sigmoid sigmoid_ sign silu silu_ sin sinh softplus sqrt square tan tanh tanh_ threshold empty_like full_like
     rand_like randn_like bitwise_not isnan isinf isfinite nan_to_num_ exp_ neg_ sqrt_ square_ hardsigmoid_ mish_ fill_
     zero_"""
+
+
+# What they make of zero is zero.
+_OF_ZERO_NAMES = """abs asin atan ceil celu elu erf expm1 floor gelu hardswish leaky_relu log1p mish neg relu relu6
+    round selu sign silu sin sinh sqrt square tan tanh"""
+
+
+_OF_ZERO = frozenset(_OF_ZERO_NAMES.split())
 
 
 _BINARY = """add add_ sub sub_ rsub mul mul_ div div_ true_divide pow pow_ where maximum minimum fmod remainder eq ne lt
@@ -56,7 +64,8 @@ def unary(op: Operation, x: Tensor) -> Any:
     power = power_after(op.walk, op.name, op.args)
     for o in each(out):
         if labels is not None and isinstance(o, Tensor) and o.shape == x.shape:
-            op.walk.label(o, Labels(labels.maps, labels.fold_targets if linear else None, power))
+            zero = labels.zero and op.name.rstrip("_") in _OF_ZERO
+            op.walk.label(o, Labels(labels.maps, labels.fold_targets if linear else None, power, zero=zero))
     return out
 
 
@@ -72,6 +81,7 @@ def elementwise(op: Operation, x: Tensor) -> Any:
     operands = [(align(walk.maps(t), ndim), pad_shape(varying_shape(t), ndim)) for t in tensors]
     maps = walk.graph.join_all(operands, ndim, op.place)
     found = Labels(maps, targets_of_elementwise(walk, name, op.args), power_after(walk, name, op.args))
+    found.zero = _gives_zero(op, maps, ndim)
     result = x if op.func._schema.is_mutable else out
     walk.label(result, found)
     return result
@@ -89,6 +99,19 @@ def _broadcast(op: Operation, tensors: Sequence[Tensor]) -> tuple[int, ...] | No
     return None if any(len(s) > 1 for s in sizes) else tuple([s.pop() if s else 1 for s in sizes])
 
 
+def _gives_zero(op: Operation, maps: LabelMaps, ndim: int) -> bool:
+    """Whether an operation on two operands is zero in the channels that go."""
+    name, operands = op.name.rstrip("_"), [op.walk.labels(a) for a in op.args[:2]]
+    zero = [x is not None and x.zero for x in operands]
+    if name in ("div", "pow") and zero[0] and len(op.args) > 1 and isinstance(op.args[1], (int, float)):
+        return name == "div" or op.args[1] > 0
+    if name == "mul" and all(z or x is None for z, x in zip(zero, operands)):
+        return any(zero)
+    dims = {varying(x) for x in maps}
+    every = [z and x is not None and {varying(y) for y in align(x.maps, ndim)} == dims for z, x in zip(zero, operands)]
+    return any(every) if name == "mul" else name in ("add", "sub") and len(every) == 2 and all(every)
+
+
 @rule("glu")
 def glu(op: Operation, x: Tensor, dim: int = -1) -> Any:
     """One half of a dim times the sigmoid of the other half."""
@@ -104,6 +127,9 @@ _REDUCTIONS = """mean sum amax amin var std prod norm linalg_vector_norm logsume
     var_mean std_mean"""
 
 
+_STATISTICS = frozenset(("mean", "linalg_vector_norm", "var", "std", "var_mean", "std_mean"))
+
+
 @rule_of_first(*_REDUCTIONS.split())
 def reduction(
     op: Operation, x: Tensor, labels: Labels, out: Any, dim: Any = None, keepdim: bool = False, other: Any = None
@@ -112,16 +138,21 @@ def reduction(
         return elementwise(op, x)
     dims = dims_of(dim, x.dim())
     over = tuple([y for y in labels.maps if any(y.shape[d] > 1 for d in dims)])
-    if over and keepdim and op.name in ("mean", "linalg_vector_norm"):
-        note_on(out).statistic = Statistic(*power_of(labels), over, f"reduces over channels in {op.place}")
-        op.walk.statistics += 1
+    if over and keepdim and op.name in _STATISTICS:
+        note_statistic(op.walk, op.name, labels, over, out, op.place)
+        kept = tuple([y for y in labels.maps if not any(y is z for z in over)])
+    elif op.name == "sum" and op.walk.is_zero(x):  # what goes has added nothing
         kept = tuple([y for y in labels.maps if not any(y is z for z in over)])
     else:
         kept = op.walk.graph.reduce(labels.maps, dims, op.place, "reduces")
+    less_mean = read_note(x).statistic  # of channels less their mean only means over all of these are of a norm
+    if less_mean is not None and not (keepdim and all(set(varying(y)) <= set(dims) for y in less_mean.maps)):
+        freeze_statistic(op.walk, less_mean)
     for o in each(out):
         if o.dim() == x.dim() - (0 if keepdim else len(dims)):
             maps = kept if keepdim else tuple([y.squeeze(axis=tuple(dims)) for y in kept])
-            op.walk.label(o, Labels(tuple([y for y in maps if y.size > 1])))
+            zero = labels.zero and op.name in ("sum", "mean")
+            op.walk.label(o, Labels(tuple([y for y in maps if y.size > 1]), zero=zero))
     return out
 
 

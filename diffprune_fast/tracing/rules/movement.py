@@ -62,7 +62,7 @@ def reshape(op: Operation, x: Tensor) -> Any:
             )
         if after is not None:
             maps.append(after)
-    op.walk.label(out, Labels(tuple(maps), labels.fold_targets))
+    op.walk.label(out, Labels(tuple(maps), labels.fold_targets, zero=labels.zero))
     return out
 
 
@@ -85,7 +85,7 @@ def move(op: Operation, x: Tensor) -> Any:
             if after is not None:
                 mine.append(after)
     for o, mine in zip(each(out), maps):
-        op.walk.label(o, Labels(tuple(mine), labels.fold_targets))
+        op.walk.label(o, Labels(tuple(mine), labels.fold_targets, zero=labels.zero))
     return out
 
 
@@ -142,7 +142,7 @@ def split(op: Operation, x: Tensor, labels: Labels, out: Any, dim: int = 0) -> A
             if part.size > 1:
                 piece.append(part)
     for o, piece in zip(out, pieces):
-        op.walk.label(o, Labels(tuple(piece), labels.fold_targets))
+        op.walk.label(o, Labels(tuple(piece), labels.fold_targets, zero=labels.zero))
     return out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import computed_weights
 from ..labels import LabelMaps, Labels, varying
 from ..scale_folding import targets_of_parameters
-from .contractions import join_vector
+from .contractions import all_zero, join_vector
 from .registry import Operation, align, each, empty_output, pad_shape, rule
 
 
@@ -108,7 +108,7 @@ def weight_norm(op: Operation, v: Tensor, g: Tensor, dim: int = 0) -> Any:
         for label_map in normed:
             walk.graph.freeze(label_map, f"changes the norm of a weight in {op.place}")
         maps = tuple([x for x in maps if varying(x) == (dim,)])
-    walk.label(each(out)[0], Labels(maps))
+    walk.label(each(out)[0], Labels(maps, zero=all_zero(walk, v, g)))
     return out
 
 
