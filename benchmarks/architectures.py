@@ -56,6 +56,28 @@ class Row:
         return not self.problem and self.error <= EXACT
 
 
+# Classes of diffusers 0.42 without a row.
+WITHOUT = (
+    "Classes of diffusers 0.42 without a row: 10 that have no forward of their own or only hold others "
+    "(ControlNetXSAdapter, FluxMultiControlNetModel, HunyuanDiT2DMultiControlNetModel, LegacyModelMixin, "
+    "MotionAdapter, MultiAdapter, MultiControlNetModel, MultiControlNetUnionModel, "
+    "QwenImageMultiControlNetModel, SD3MultiControlNetModel), and 48 for which there is no small config "
+    "yet (AnimaTextConditioner, AnyFlowFARTransformer3DModel, AutoencoderKLAllegro, "
+    "AutoencoderKLHunyuanImageRefiner, AutoencoderKLHunyuanVideo15, AutoencoderKLKVAEAudio, "
+    "AutoencoderKLKVAEVideo, AutoencoderKLMiniMaxH3, AutoencoderKLMiniMaxH3Audio, AutoencoderKLQwenImage, "
+    "AutoencoderKLQwenImage21, AutoencoderKLWan, AutoencoderOobleck, AutoencoderRAE, AutoencoderSAME, "
+    "AutoencoderVidTok, BriaFibo2Transformer2DModel, ConsistencyDecoderVAE, Cosmos3AVAEAudioTokenizer, "
+    "Cosmos3OmniTransformer, CosmosControlNetModel, DreamLiteTransformer2DModel, Flux3Transformer2DModel, "
+    "HeliosTransformer3DModel, HunyuanDiT2DControlNetModel, Ideogram4Transformer2DModel, "
+    "JoyImageEditPlusTransformer3DModel, Kandinsky6SRLatentUpscalerBank, Kandinsky6SRTransformer3DModel, "
+    "Kandinsky6SRVAE, Kandinsky6Transformer3DModel, LTX2VideoDiffusionDecoderModel, LongCatAudioDiTVae, "
+    "MMAudioVAE, MMAudioVocoder, MiniMaxH3Transformer3DModel, MiniMaxMusic3ConditionEncoder, "
+    "MiniMaxMusic3RVQDepthDecoder, MiniMaxMusic3Transformer1DModel, MiniMaxMusic3Vocoder, "
+    "RFD4ProteinaAutoencoder, RFD4ProteinaTransformer, SanaWMLTX2RefinerTransformer3DModel, "
+    "SanaWMTransformer3DModel, SparseControlNetModel, WanAnimate2Transformer3DModel, "
+    "WanAnimateTransformer3DModel, ZImageControlNetModel)."
+)
+
 HELD = "equal counts in every row (head) let no unit go"
 
 
@@ -172,6 +194,8 @@ def document(rows: list[Row], others: list[Row], ratio: float) -> str:
         '*Left*: the share of parameters that is left at that ratio (`"count"`). Seconds and memory for models of full '
         "size (SDXL, SD3, Flux): [full_size_traces](../benchmarks/results/full_size_traces.md).",
         *_section("Models of diffusers, and plain modules", rows),
+        "",
+        WITHOUT,
         *_section("Models of transformers", others),
     ]
     return "\n".join(lines) + "\n"

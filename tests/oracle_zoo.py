@@ -6,6 +6,7 @@ found, beside :func:`oracle.kept_statistics`; both under :class:`Float64Througho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,12 +40,13 @@ class Float64Throughout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _last_dim_mean(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    if func not in (Tensor.mean, torch.mean) or args[0].dim() < 2:
-        return False
+def _mean_size(func: Callable[..., Any], args: Any, kwargs: Any) -> int | None:
+    """How many entries a mean is over; None for another operation."""
+    if func not in (Tensor.mean, torch.mean):
+        return None
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    dims = [dim] if isinstance(dim, int) else list(dim or [])
-    return [d % args[0].dim() for d in dims] == [args[0].dim() - 1]
+    dims = [dim] if isinstance(dim, int) else list(dim or range(args[0].dim()))
+    return math.prod(args[0].shape[d] for d in dims)
 
 
 class _MeanSizes(TorchFunctionMode):
@@ -53,8 +55,9 @@ class _MeanSizes(TorchFunctionMode):
         self.sizes = sizes
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _last_dim_mean(func, args, kwargs or {}):
-            self.sizes.append(args[0].shape[-1])
+        size = _mean_size(func, args, kwargs or {})
+        if size is not None:
+            self.sizes.append(size)
         return func(*args, **(kwargs or {}))
 
 
@@ -71,8 +74,9 @@ class _SpelledStatistics(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _last_dim_mean(func, args, kwargs):
-            return func(*args, **kwargs) * (args[0].shape[-1] / next(self.sizes))
+        size = _mean_size(func, args, kwargs)
+        if size is not None:
+            return func(*args, **kwargs) * (size / next(self.sizes))
         weight = args[2] if len(args) > 2 else kwargs.get("weight")
         if func is F.layer_norm and weight is None and args[0].dim() > 3:
             return self.layer_norm(*args, **kwargs)
@@ -90,7 +94,7 @@ class _SpelledStatistics(TorchFunctionMode):
 
 @contextmanager
 def mean_sizes() -> Iterator[list[int]]:
-    """Yields a list that gets the size of every mean over a last dim, in the order of the calls."""
+    """Yields a list that gets the size of every mean, in the order of the calls."""
     sizes: list[int] = []
     with _MeanSizes(sizes):
         yield sizes

@@ -14,6 +14,8 @@ import diffprune_fast as dpf
 RUNS = [
     *[pytest.param(case, run, id=f"{case.name}-{run}") for case in ZOO for run in ("exact", "uneven", "heads")],
     *[pytest.param(case, "uneven", id=f"{case.name}-uneven") for case in [*MORE, *TRANSFORMERS]],
+    # Their heads span several groups of a convolution.
+    *[pytest.param(c, "heads", id=f"{c.name}-heads") for c in MORE if c.name.startswith("AutoencoderDC")],
 ]
 
 
