@@ -98,7 +98,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python docs/site/build.py site
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not sdxl"
 
 clean:
 	rm -rf $(VENV) build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from models import CASES, Case
 from oracle import random_keep, randomised
 from oracle_zoo import EXACT, compare
-from zoo import ZOO
+from zoo import MORE, TRANSFORMERS, ZOO
 
 
 @dataclass
@@ -108,7 +108,8 @@ def measure(case: Case, ratio: float, seeds: int, oracle: bool) -> Row:
         torch.manual_seed(0)
         model = randomised(case.make(), 0)
         row.params = sum(p.numel() for p in model.parameters())
-        dpf.trace(model, case.example_inputs)  # the first one imports and caches
+        if oracle:
+            dpf.trace(model, case.example_inputs)  # the first one imports and caches
         started = time.perf_counter()
         plan = dpf.trace(model, case.example_inputs)
         row.trace_seconds = time.perf_counter() - started
@@ -121,10 +122,10 @@ def measure(case: Case, ratio: float, seeds: int, oracle: bool) -> Row:
             raise AssertionError("no group can be pruned")
         row.left = plan.params(random_keep(plan, ratio, 0, "count")) / plan.params()
         row.error = 0.0
-        by_heads = dpf.trace(model, case.example_inputs, units="heads")
         for run in ("exact", "uneven", "count", "heads") if oracle else ():
+            units = plan if run != "heads" else dpf.trace(model, case.example_inputs, units="heads")
             for seed in range(seeds):
-                error, _ = compare(case, by_heads if run == "heads" else plan, ratio, seed, run)
+                error, _ = compare(case, units, ratio, seed, run)
                 row.error = max(row.error, error) if not math.isnan(error) else math.inf
         if not row.exact:
             row.problem = f"not exact: {row.error:.1e}"
@@ -152,45 +153,50 @@ def printed(row: Row) -> str:
     )
 
 
-def document(rows: list[Row], ratio: float) -> str:
-    """docs/architectures.md."""
-    exact = [r for r in rows if r.exact]
-    rest = [r for r in rows if not r.exact]
+def document(rows: list[Row], others: list[Row], ratio: float) -> str:
+    """docs/architectures.md; ``others``: those of the library transformers."""
+    every = [*rows, *others]
     lines = [
         "# Architectures",
         "",
         "Written by `python benchmarks/architectures.py --write docs/architectures.md` from the tiny random configs in "
         "`tests/models.py` and `tests/zoo*.py`.",
         "",
-        f"{len(exact)} of {len(rows)} prune exactly: traced, a random keep-set removed at ratio {ratio:g} with "
-        '`norm_groups="exact"` and `"count"`, and the outputs compared in float64 with those of the masked dense model '
+        f"{sum(r.exact for r in every)} of {len(every)} prune exactly: traced, a random keep-set removed at ratio "
+        f'{ratio:g} with `norm_groups="exact"` and `"count"`, and the outputs compared in float64 with those of the '
+        "masked dense model "
         f"(removed channels zeroed, norms over the kept channels): they agree to {EXACT:.0e} of their scale; and so "
-        'they do when whole heads go (`units="heads"`). The table is of `units="auto"`. '
+        'they do when whole heads go (`units="heads"`). The tables are of `units="auto"`. '
         "*Prunable*: the share of the parameters that at least one group makes smaller, of those that constraints let "
         "go. *Dims*: the same by channel dimensions (a weight of whose two only one can be pruned counts half). "
         '*Left*: the share of parameters that is left at that ratio (`"count"`). Seconds and memory for models of full '
         "size (SDXL, SD3, Flux): [full_size_traces](../benchmarks/results/full_size_traces.md).",
+        *_section("Models of diffusers, and plain modules", rows),
+        *_section("Models of transformers", others),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _section(title: str, rows: list[Row]) -> list[str]:
+    """A heading, the table of what is exact, and that of what isn't."""
+    lines = [
+        "",
+        f"## {title}",
         "",
         "| Architecture | Groups | Prunable | Dims | Left | Seconds to trace | What stays, and why |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for r in exact:
-        lines.append(
-            f"| {r.name} | {r.groups} | {_percent(r.share)} | {_percent(r.dims)} | {_percent(r.left)} "
-            f"| {r.trace_seconds:.2f} | {_cell(reasons(r))} |"
-        )
+    for r in rows:
+        if r.exact:
+            lines.append(
+                f"| {r.name} | {r.groups} | {_percent(r.share)} | {_percent(r.dims)} | {_percent(r.left)} "
+                f"| {r.trace_seconds:.2f} | {_cell(reasons(r))} |"
+            )
+    rest = [r for r in rows if not r.exact]
     if rest:
-        lines += [
-            "",
-            "## Not yet",
-            "",
-            "These are refused before anything changes, or not exact:",
-            "",
-            "| Architecture | Why |",
-            "| --- | --- |",
-            *[f"| {r.name} | {_cell(r.problem)} |" for r in rest],
-        ]
-    return "\n".join(lines) + "\n"
+        lines += ["", "Refused before anything changes:", "", "| Architecture | Why |", "| --- | --- |"]
+        lines += [f"| {r.name} | {_cell(r.problem)} |" for r in rest]
+    return lines
 
 
 def _cell(text: str) -> str:
@@ -214,14 +220,15 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     rows: list[Row] = []
     print(f"{'':41} {'size':>6} {'grps':>4} {'prun.':>6} {'dims':>6} {'left':>6} {'trace':>7} {'error':>6}")
-    for case in [*CASES, *ZOO]:
+    for case in [*CASES, *ZOO, *MORE, *TRANSFORMERS]:
         if not args.names or any(n in case.name for n in args.names):
             rows.append(measure(case, args.ratio, args.seeds, oracle=not args.check))
             print(printed(rows[-1]), flush=True)
             if args.tracebacks and rows[-1].log:
                 print(rows[-1].log)
     print(f"{sum(r.exact for r in rows)} of {len(rows)} exact")
-    text = document(rows, args.ratio)
+    theirs = {case.name for case in TRANSFORMERS}
+    text = document([r for r in rows if r.name not in theirs], [r for r in rows if r.name in theirs], args.ratio)
     if args.write:
         args.write.write_text(text)
     if args.check and without_times(args.check.read_text()) != without_times(text):

@@ -11,10 +11,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import measured
 import pytest
 import torch
 import unet_configs
@@ -28,26 +28,28 @@ def structural(provider: str, model: str) -> dict[str, Any]:
     script = str(ROOT / "benchmarks" / "structural_run.py")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, provider, model], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("provider", ["torch_pruning", "diffprune_fast", "proved"])
+PROVIDERS = ["torch_pruning", "diffprune_fast", "proved"]
+
+
 @pytest.mark.parametrize(("model", "rounds"), [("cifar", 3), ("sd15", 1)])
-def test_structural_part(benchmark, record_stages, model: str, rounds: int, provider: str) -> None:
-    results: list[dict[str, Any]] = []
-    benchmark.pedantic(lambda: results.append(structural(provider, model)), rounds=rounds, iterations=1)
-    result = min(results, key=lambda r: sum(r["seconds"].values()))
-    assert result["runs"]
-    assert 0.35 < result["params_after"] / result["params_before"] < 0.75
-    record_stages(model, provider, result)
+def test_structural_part(benchmark, record_stages, model: str, rounds: int) -> None:
+    results: list[dict[str, dict[str, Any]]] = []
+    benchmark.pedantic(lambda: results.append({p: structural(p, model) for p in PROVIDERS}), rounds=rounds)
+    for result in (r for one in results for r in one.values()):
+        assert result["runs"]
+        assert 0.35 < result["params_after"] / result["params_before"] < 0.75
+    record_stages(model, results)
 
 
 @pytest.mark.parametrize("batch", [32])
-def test_share_of_a_scoring_step(timed, batch: int) -> None:
-    """One pass over all weights and gradients, against the forward and backward that give them."""
+def test_share_of_a_scoring_step(compared, batch: int) -> None:
+    """One pass over all weights and gradients, against the forward and backward that give them, "step"."""
     torch.manual_seed(0)
     model = unet_configs.build("cifar")
     images, t = torch.randn(batch, 3, 32, 32), torch.randint(0, 1000, (batch,))
@@ -57,9 +59,6 @@ def test_share_of_a_scoring_step(timed, batch: int) -> None:
         torch.nn.functional.mse_loss(model(images, t).sample, torch.randn_like(images)).backward()
 
     step()
-    begin = time.perf_counter()
-    step()
-    whole = time.perf_counter() - begin
     thetas = [p.detach() for p in model.parameters()]
     grads = [p.grad for p in model.parameters()]
     from benchmark_channel_scores import agree, table_of, truth
@@ -69,9 +68,8 @@ def test_share_of_a_scoring_step(timed, batch: int) -> None:
     def score() -> torch.Tensor:
         return ops.channel_scores_(torch.zeros(table.n_units, dtype=torch.float64), thetas, grads, table, backend="cpu")
 
-    error = agree(score(), truth(thetas, grads, None), torch.float32)
-    n_bytes = 8 * sum(t.numel() for t in thetas)
+    errors = {"cpu": agree(score(), truth(thetas, grads, None), torch.float32)}
+    works = {"cpu": measured.work(score), "step": measured.work(step)}
     label = f"cifar, micro-batch {batch}"
-    row = timed("channel_scores in a scoring step", label, "cpu", score, n_bytes=n_bytes, error=error)
-    row.notes["forward and backward, ms"] = whole * 1e3
-    row.notes["share"] = f"{row.median / 1e3 / whole:.2%}"
+    row = compared("channel_scores in a scoring step", label, works, errors=errors, rounds=5)[0]
+    row.notes["share"] = f"{1 / row.over['step']:.2%}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
         measured.clock = time.process_time
     if threads := config.getoption("--threads"):
         torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):  # no thread wanders: as many cores as threads, and the same ones for all
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,49 +38,49 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def timed(benchmark: Any) -> Callable[..., measured.Row]:
-    """Times ``work`` and keeps its row: ``timed(operation, shape, provider, work, n_bytes=…, error=…)``."""
+def compared(benchmark: Any) -> Callable[..., list[measured.Row]]:
+    """Times providers against one another and keeps their rows: ``compared(operation, shape, works, n_bytes=…)``."""
 
     def run(
         operation: str,
         shape: str,
-        provider: str,
-        work: Callable[..., Any],
+        works: Mapping[str, measured.Work],
         *,
         n_bytes: int = 0,
-        error: float | None = None,
+        errors: Mapping[str, float | None] | None = None,
         rounds: int = 7,
-        setup: Callable[[], Any] | None = None,
-        **notes: Any,
-    ) -> measured.Row:
-        read, copy = measured.bandwidth(n_bytes) if n_bytes else (None, None)
-        benchmark.group = f"{operation} {shape}"
-        benchmark.pedantic(work, setup=setup, rounds=rounds, iterations=1, warmup_rounds=1)
-        median, p20, p80 = measured.percentiles(benchmark.stats.stats.data)
-        rate = n_bytes / p20 / 1e6 if n_bytes else None
-        row = measured.Row(operation, shape, provider, median, p20, p80, rate, read, copy, error, notes)
-        ROWS.append(row)
-        return row
+    ) -> list[measured.Row]:
+        benchmark.group = operation
+        rounds_made, thrown = benchmark.pedantic(measured.compare, (works, n_bytes, rounds), rounds=1, iterations=1)
+        rows = measured.rows_of(operation, shape, rounds_made, thrown, n_bytes, errors or {})
+        ROWS.extend(rows)
+        return rows
 
     return run
 
 
 @pytest.fixture
-def record_stages() -> Callable[[str, str, dict[str, Any]], None]:
-    """Keeps rows of a run that timed itself: one per stage and one for all of them."""
+def record_stages() -> Callable[[str, list[dict[str, dict[str, Any]]]], None]:
+    """Keeps rows of runs that timed themselves, one round after the other: one per stage and one for all of them."""
 
-    def record(model: str, provider: str, result: dict[str, Any]) -> None:
-        stages = result["seconds"]
-        for stage, value in {**stages, "all": sum(stages.values())}.items():
-            ms = value * 1e3
-            row = measured.Row("structural part", f"{model} {stage}", provider, ms, ms, ms)
-            if stage == "all":
+    def record(model: str, rounds: list[dict[str, dict[str, Any]]]) -> None:
+        stages = [*next(iter(rounds[0].values()))["seconds"], "all"]
+        for stage in stages:
+            seconds = [
+                measured.Round(
+                    {p: sum(r["seconds"].values()) if stage == "all" else r["seconds"][stage] for p, r in one.items()}
+                )
+                for one in rounds
+            ]
+            rows = measured.rows_of("structural part", f"{model} {stage}", seconds, 0, 0, {})
+            for row in rows if stage == "all" else ():
+                result = rounds[-1][row.provider]
                 row.notes = {
                     "peak memory on top, MB": result["peak_extra"] / 1e6,
                     "largest tensor, MB": result["largest"] / 1e6,
                     "parameters left": result["params_after"],
                 }
-            ROWS.append(row)
+            ROWS.extend(rows)
 
     return record
 

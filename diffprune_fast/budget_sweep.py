@@ -147,9 +147,10 @@ def sweep(
     plan = trace(dense, example_inputs, units=units)
     promised = {asked: measurable({kind: asked}) for asked in budgets}
     costs = dict(of_select.pop("costs", {}))
+    slicing = {"example_inputs": example_inputs, "norm_groups": of_select.get("norm_groups", "count")}
     if any(promised.values()):
-        costs = costs_of(dense, plan, example_inputs, promised[budgets[0]], costs, of_select.get("round_to", 8))
-    missing = {}
+        costs = costs_of(dense, plan, promised[budgets[0]], costs, of_select.get("round_to", 8), **slicing)
+    missing: dict[float, str] = {}
     for asked in budgets:
         try:
             select(plan, rehearsed_scores(plan), **asking(asked, costs=costs))

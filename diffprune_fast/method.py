@@ -201,7 +201,7 @@ def score_and_prune(
 
         costs = {**selecting.get("costs", {})}
         if promised:
-            costs = costs_of(dense, plan, example_inputs, promised, costs, selecting.get("round_to", 8))
+            costs = costs_of(dense, plan, promised, costs, selecting.get("round_to", 8), **slicing)
             wish.options["costs"] = costs
             laps.end("measure costs")
 

@@ -24,8 +24,8 @@ def macs_of(operation: Operation) -> int:
 
 class CalculatedClock:
     """operations: seconds of one of given sizes; None is RATE times its MACs. fixed: seconds of any model beside its
-    MACs. saves: how much of the MACs that a pruned model saves shows in its seconds. model: seconds of any model, in
-    place of that. asked: operations that were timed.
+    MACs. saves: how much of the MACs that a pruned model saves shows in its seconds. constant: seconds of any model,
+    in place of that. asked: operations that were timed.
     """
 
     name = "a calculator"
@@ -36,17 +36,20 @@ class CalculatedClock:
         *,
         fixed: float = 0.0,
         saves: float = 1.0,
-        model: float | None = None,
+        constant: float | None = None,
     ) -> None:
         self.operations = operations or (lambda operation: RATE * macs_of(operation))
-        self.fixed, self.saves, self.model, self.asked = fixed, saves, model, 0
+        self.fixed, self.saves, self.constant, self.asked = fixed, saves, constant, 0
 
     def operation(self, operation: Operation) -> float:
         self.asked += 1
         return self.operations(operation)
 
+    def model(self, model: nn.Module, calls: Any) -> float:
+        return self.models([model], calls)[0]
+
     def models(self, models: Sequence[nn.Module], calls: Any) -> list[float]:
-        if self.model is not None:
-            return [self.model] * len(models)
+        if self.constant is not None:
+            return [self.constant] * len(models)
         macs = [float(complexity(model).macs) for model in models]
         return [self.fixed + RATE * (macs[0] - self.saves * (macs[0] - m)) for m in macs]

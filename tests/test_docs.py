@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from models import CASES
-from zoo import ZOO
+from zoo import MORE, TRANSFORMERS, ZOO
 
 import diffprune_fast
 from diffprune_fast import Plan
@@ -113,4 +113,4 @@ def test_the_interface_page_has_every_public_function() -> None:
 def test_every_architecture_of_the_tests_has_its_row() -> None:
     table = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([\w.-]+) \| +\d", table, re.MULTILINE)
-    assert sorted(rows) == sorted(case.name for case in [*CASES, *ZOO])
+    assert sorted(rows) == sorted(case.name for case in [*CASES, *ZOO, *MORE, *TRANSFORMERS])

@@ -19,6 +19,8 @@ FACES = ("evaluation", "recovery", "report")
 NAMED = (
     "checkpoint.save",
     "depth.find_blocks",
+    "footprint.count_memory",
+    "footprint.measure_times",
     "objective.make_objective",
     "ops.backends",
     "ops.channel_scores_",

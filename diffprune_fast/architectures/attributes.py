@@ -34,6 +34,9 @@ PARAMETER_ATTRIBUTES: dict[str, dict[str, tuple[str, int]]] = {
     "Conv1D": {"nx": ("weight", 0), "nf": ("weight", 1)},  # transformers' linear layer of GPT-2, transposed
     "GPT2Attention": {"split_size": ("c_proj.weight", 0), "embed_dim": ("c_proj.weight", 0)},
     "SelfAttention1d": {"channels": ("value.weight", 0)},
+    "AudioDiTAttention": {"inner_dim": ("to_q.weight", 0)},
+    "MPNetSelfAttention": {"all_head_size": ("q.weight", 0)},
+    "MixtralTopKRouter": {"hidden_dim": ("weight", 1)},
     **{n: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)} for n in ("RNN", "LSTM", "GRU")},
     **{
         n: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)} for n in ("RNNCell", "LSTMCell", "GRUCell")

@@ -21,6 +21,7 @@ from ..pruned.passthrough import drop_again
 from ..pruned.record import Record, attach_record, from_json, is_settable
 from .building import MOST_MODULES, at_most_modules, check_finite, check_positions, numbers_in
 from .errors import CheckpointError
+from .hub import folder_of
 from .manifest import (
     BUFFERS,
     CONFIG,
@@ -43,18 +44,22 @@ def from_pretrained(
     torch_dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     verify: bool = True,
+    subfolder: str | None = None,
+    revision: str | None = None,
 ) -> nn.Module:
     """Load a pruned model, in evaluation mode, onto ``device`` (None: the CPU).
 
     No code of the checkpoint is run: weights are safetensors, the class is one of diffusers' models or the caller's.
 
     Args:
-        directory: what ``save_pretrained`` wrote.
+        directory: what ``save_pretrained`` wrote; or ``"user/repo"``, which the Hugging Face hub has.
         model: for classes outside diffusers, an instance of the unpruned architecture (on any device; it isn't
             changed); classes of diffusers are built from ``config.json``.
         torch_dtype: of the floating-point weights; None keeps what was saved.
         device: where the model goes.
         verify: compare the weights' SHA-256 with the manifest; False for weights replaced on purpose.
+        subfolder: of the directory or repository.
+        revision: of the repository: a branch, a tag or a commit.
 
     Returns:
         The pruned model; its own ``save_pretrained`` writes the same format again.
@@ -75,7 +80,7 @@ def from_pretrained(
         >>> loaded[0]
         Linear(in_features=4, out_features=8, bias=True)
     """
-    directory = Path(directory)
+    directory = folder_of(directory, subfolder, revision)
     try:
         shaped = _loaded(directory, model, verify)
     except CheckpointError:

@@ -37,7 +37,14 @@ Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, ... Default: cuda where there is one.")]  # noqa: UP045
 
 # What a missing module is for, by the extra that brings it.
-EXTRAS = {"matplotlib": "report", "jinja2": "report", "torchmetrics": "evaluate", "transformers": "text"}
+EXTRAS = {
+    "matplotlib": "report",
+    "jinja2": "report",
+    "torchmetrics": "evaluate",
+    "transformers": "text",
+    "torchvision": "lpips",
+    "onnxruntime": "onnx",
+}
 
 
 @dataclass

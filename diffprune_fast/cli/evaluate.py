@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..choices import NormGroups, Units
+from ..choices import Backbone, NormGroups, Units
 from .app import (
     RESULT,
     Component,
@@ -39,7 +39,7 @@ def evaluate(
     dense: Annotated[Optional[Path], typer.Option(help="Folder of the dense model, for SSIM and MSE.")] = None,  # noqa: UP045
     features: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="For Fréchet and kernel distance: a TorchScript file, or inception."),
+        typer.Option(help="For Fréchet and kernel distance, precision and recall: TorchScript, ONNX, or inception."),
     ] = None,
     reference: Annotated[
         Optional[Path],  # noqa: UP045
@@ -48,6 +48,14 @@ def evaluate(
     reference_images: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder that samples should be like. Default: --images."),
+    ] = None,
+    lpips: Annotated[
+        Optional[Backbone],  # noqa: UP045
+        typer.Option(help="Perceptual distance to the dense model's samples, by this network."),
+    ] = None,
+    clip: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="CLIP score of samples and --prompts: a CLIP model's folder, or its name on the hub."),
     ] = None,
     component: Component = None,
     n: Annotated[int, typer.Option(help="Samples of each seed; 0 for none.")] = 64,
@@ -76,7 +84,7 @@ def evaluate(
 
         ran = Ran(context)
         sampling = sampling_of(max(n, 1), steps, batch_size, labels, prompts, solver, spacing)
-        sizes = _numbers(batch_sizes)
+        sizes, more = _numbers(batch_sizes), _scorers(lpips, clip, sampling, dense)
         if seeds < 1:
             raise ValueError(f"--seeds {seeds}: give at least 1")
         check_out(out, model_dir, force, empties=True)
@@ -95,6 +103,7 @@ def evaluate(
             dense_samples=like if n else None,
             extractor=extractor if n else None,
             reference=found if n else None,
+            more=more,
             seeds=range(seed, seed + seeds),
             batch_sizes=sizes,
             example_inputs=_example(opened),
@@ -107,6 +116,22 @@ def evaluate(
         write_json(out / RESULT, {"name": name or model_dir.name, **result.as_json(), "run": about})
         say(str(result))
         say(f"saved: {out / RESULT}")
+
+
+def _scorers(lpips: Backbone | None, clip: str | None, sampling: Sampling, dense: Path | None) -> dict[str, Any]:
+    """The figures that need networks of others, by name. Raises ValueError for what they lack."""
+    from ..evaluation import pretrained
+
+    found = {}
+    if lpips is not None:
+        if dense is None:
+            raise ValueError(f"--lpips {lpips}: it compares with the dense model's samples, give --dense")
+        found["LPIPS"] = pretrained.lpips(lpips)
+    if clip is not None:
+        if sampling.prompts is None:
+            raise ValueError(f"--clip {clip}: it compares with the prompts, give --prompts")
+        found["CLIP score"] = pretrained.clip_score(sampling.prompts, clip)
+    return found
 
 
 class _Made:

@@ -44,7 +44,7 @@ def report(
             figures,
             title=title,
             seeds=max(figure["n"] for x in found for figure in x["figures"].values()),
-            notes={**_facts(pruned), "machine of the figures": _machine(found[0]["run"])},
+            notes={**_facts(pruned), **_of_training(trained), "machine of the figures": _machine(found[0]["run"])},
             code=_code(trained or pruned, [*made, *(x["run"]["command"] for x in found), ran.command]),
         )
         say(f"saved: {out}")
@@ -65,11 +65,12 @@ def _row(found: dict[str, Any]) -> Measured:
 
     figures = {name: x["mean"] for name, x in found["figures"].items()}
     spread = {name: x["deviation"] for name, x in found["figures"].items() if x["deviation"] is not None}
+    seconds = figures.pop("s/image", None)
     for forward in found["forwards"]:
         figures[f"ms/forward, batch {forward['batch_size']}"] = 1e3 * forward["seconds"]
         if forward["peak_bytes"] is not None:
             figures[f"peak MiB, batch {forward['batch_size']}"] = forward["peak_bytes"] / 2**20
-    return Measured(found["name"], found["params"], found["macs"], None, {"": figures}, {"": spread})
+    return Measured(found["name"], found["params"], found["macs"], seconds, {"": figures}, {"": spread})
 
 
 def _samples(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -141,6 +142,15 @@ def _facts(pruned: Path | None) -> dict[str, str]:
         return {}
     folders = [p.parent for p in (pruned / MANIFEST, *pruned.glob(f"*/{MANIFEST}")) if p.exists()]
     return facts_of(read_manifest(folders[0])) if folders else {}
+
+
+def _of_training(trained: Path | None) -> dict[str, str]:
+    """That the training was in vain, if it was."""
+    about = {} if trained is None else _run_of(trained)
+    if about.get("helped", True):
+        return {}
+    figures = f"loss {about['after']:.4g} after, {about['before']:.4g} before"
+    return {"the finetune": f"didn't lower the loss ({figures}): the weights are those of before"}
 
 
 def _run_of(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -10,7 +12,9 @@ import typer
 
 from ..choices import Spacing
 from .app import Device, Force, ModelDir, Ran, app, check_out, emptied, errors_in_one_line, say
-from .loading import Opened, image_size, open_model
+from .loading import Opened, device_of, image_size, open_model
+
+ON_A_SCREEN = 64
 
 Labels = Annotated[
     Optional[str],  # noqa: UP045
@@ -33,8 +37,8 @@ class Sampling:
     solver: str | None = None
     spacing: Spacing = "uniform"
 
-    def images(self, opened: Opened, seed: int) -> Any:
-        """``(n, channels, height, width)`` in [-1, 1], on the CPU."""
+    def images(self, opened: Opened, seed: int, rows: slice = slice(None)) -> Any:
+        """``(n, channels, height, width)`` in [-1, 1], on the CPU; of all n, those ``rows``."""
         import torch
 
         from ..evaluation.own_samples import n_classes
@@ -42,7 +46,7 @@ class Sampling:
         from ..objective.loss import dtype_of
 
         if opened.pipeline is not None:
-            return self._of_pipeline(opened.pipeline, seed)
+            return self._of_pipeline(opened.pipeline, seed)[rows]
         if self.prompts is not None:
             raise ValueError("--prompts is for pipelines from text: this is a model alone")
         model, device = opened.model, next(opened.model.parameters()).device
@@ -57,9 +61,9 @@ class Sampling:
             sample(
                 model,
                 _default(opened.scheduler),
-                noise.to(device, dtype_of(model)),
+                noise[rows].to(device, dtype_of(model)),
                 steps=self.steps,
-                labels=None if labels is None else labels.to(device),
+                labels=None if labels is None else labels[rows].to(device),
                 batch_size=self.batch_size,
                 solver=self.solver,
                 spacing=self.spacing,
@@ -119,8 +123,8 @@ def _default(scheduler: Any) -> Any:
     return scheduler or DDPMScheduler()
 
 
-def save_images(images: Any, folder: Path) -> None:
-    """Every image as ``00000.png``, and all that fit on a screen side by side as ``grid.png``."""
+def save_images(images: Any, folder: Path, first: int = 0) -> None:
+    """Every image as ``00000.png``, or from another number on, and those that fit on a screen as ``grid.png``."""
     from PIL import Image
 
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -128,8 +132,9 @@ def save_images(images: Any, folder: Path) -> None:
         raise ValueError(f"the model makes {pixels.shape[-1]} channels, which is no picture: sample from its pipeline")
     pictures = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
     for i, picture in enumerate(pictures):
-        picture.save(folder / f"{i:05}.png")
-    grid(pictures[:64]).save(folder / "grid.png")
+        picture.save(folder / f"{first + i:05}.png")
+    if first == 0:
+        grid(pictures[:ON_A_SCREEN]).save(folder / "grid.png")
 
 
 def grid(pictures: list[Any], columns: int = 8) -> Any:
@@ -164,12 +169,42 @@ def sample(
     device: Device = None,
     force: Force = False,
 ) -> None:
-    """Make images: every one as a PNG, and a grid of them."""
+    """Make images: every one as a PNG, and a grid of them. Several processes (accelerate launch) share them out."""
     with errors_in_one_line():
         ran = Ran(context)
         sampling = sampling_of(n, steps, batch_size, labels, prompts, solver, spacing)
-        check_out(out, model_dir, force, empties=True)
-        images = sampling.images(open_model(model_dir, None, scheduler, device), seed)
-        save_images(images, emptied(out))
-        ran.write(out, seed=seed)
-        say(f"saved: {n} images and grid.png in {out}")
+        rank, ranks, wait = processes(device)
+        if rank == 0:
+            check_out(out, model_dir, force, empties=True)
+        opened = open_model(model_dir, None, scheduler, device)
+        if rank == 0:
+            emptied(out)
+        wait()
+        # Whole batches, so that every image is made beside the same others as by one process.
+        batches = -(-n // batch_size)
+        first, stop = (min(n, batch_size * (batches * k // ranks)) for k in (rank, rank + 1))
+        if first < stop:
+            save_images(sampling.images(opened, seed, slice(first, stop)), out, first)
+        wait()
+        if rank == 0:
+            if stop < min(n, ON_A_SCREEN):
+                _regrid(out, n)
+            ran.write(out, seed=seed, processes=ranks)
+            say(f"saved: {n} images and grid.png in {out}")
+
+
+def processes(device: str | None) -> tuple[int, int, Callable[[], None]]:
+    """This process's number, how many accelerate launch or torchrun started, and what waits for all of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1, lambda: None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device_of(device).type == "cpu")
+    return state.process_index, state.num_processes, state.wait_for_everyone
+
+
+def _regrid(folder: Path, n: int) -> None:
+    """The grid of images that several processes have made."""
+    from PIL import Image
+
+    grid([Image.open(folder / f"{i:05}.png") for i in range(min(n, ON_A_SCREEN))]).save(folder / "grid.png")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..objective.batches import Batches, count, join, part
 from ..objective.checks import check_batch
+from ..objective.image_range import check_range_by_loss
 from ..objective.isolation import stand_ins
 from ..objective.loss import LossFunction, dtype_of, images_of, make_objective
 from ..objective.loss_run import precision, sum_dtype
@@ -69,7 +70,9 @@ def drawn(
     """
     objective = make_objective(model, scheduler, loss_fn).on(device)
     with own_randomness(seed, loader):
-        batch = _taken(Batches(loader, lambda b: check_batch(model, b, loss_fn)), samples + held_back)
+        batches = Batches(loader, lambda b: check_batch(model, b, loss_fn))
+        check_range_by_loss(model, objective, batches.first)
+        batch = _taken(batches, samples + held_back)
     found = count(batch)
     samples = min(samples, max(1, found - found // 3))
     rank, ranks = rank_and_count()

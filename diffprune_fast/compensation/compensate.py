@@ -15,7 +15,7 @@ from ..choices import CompensationMode, check_choice
 from ..objective.checks import check_weights
 from ..objective.isolation import unwrapped
 from ..objective.loss import LossFunction
-from ..objective.ranks import together
+from ..objective.ranks import rank_and_count, together
 from ..progress import bar
 from ..scoring.checks import AUTOCAST
 from .calibration import Calibration, asleep, called, drawn
@@ -99,7 +99,7 @@ def compensate(
             left for all places of the kernel, which is cheaper and leaves 1.5 to 2.4 times as much of the loss's
             excess; ``"auto"`` takes the first where it is estimated to end within ten minutes, or within twice the
             second's time.
-        samples: inputs to solve from; 128 if not given.
+        samples: inputs to solve from; if not given 128, or one for each rank where there are more.
         seed: the same one gives the same weights.
         ridge: what a change of the weights costs, as a share of the inputs' mean square.
         calibration: in place of a loader, forward calls of the model: tuples of positional arguments, dicts of named
@@ -143,7 +143,7 @@ def compensate(
                 loader,
                 scheduler=scheduler,
                 loss_fn=loss_fn,
-                samples=samples or SAMPLES,
+                samples=samples or max(SAMPLES, rank_and_count()[1]),
                 held_back=HELD_BACK,
                 seed=seed,
                 autocast=cast,

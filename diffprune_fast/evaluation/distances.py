@@ -17,7 +17,9 @@ Extractor = Callable[[Tensor], Tensor]
 
 # Of the kernel distance: so many subsets of so many images, as usual (Binkowski et al., 2018).
 SUBSETS, SUBSET = 100, 1000
-INCEPTION = "inception"
+# Of precision and recall: an image is like a set where it is no further from one of it than that one's third neighbour.
+NEIGHBOURS = 3
+INCEPTION, ONNX = "inception", ".onnx"
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,18 @@ class Reference:
 def find_extractor(features: str | os.PathLike[str] | Extractor, device: torch.device | str = "cpu") -> Extractor:
     """A callable from images, ``(n, channels, height, width)`` in [-1, 1], to features ``(n, d)``.
 
-    features: a callable, the path of a TorchScript file, or ``"inception"`` (torchmetrics' InceptionV3 of the usual
-    Fréchet distances, whose weights torch-fidelity downloads).
+    features: a callable, the path of a TorchScript or ONNX file, or ``"inception"`` (torchmetrics' InceptionV3 of the
+    usual Fréchet distances, whose weights torch-fidelity downloads).
 
-    Raises ValueError for a file that is no TorchScript, ModuleNotFoundError where torchmetrics or its weights' package
-    is lacking.
+    Raises ValueError for a file that is neither, ModuleNotFoundError where onnxruntime, torchmetrics or its weights'
+    package is lacking.
     """
     if callable(features):
         return features
     if str(features) == INCEPTION:
         return _inception(torch.device(device))
+    if Path(features).suffix == ONNX:
+        return _onnx(Path(features))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -61,6 +65,23 @@ def find_extractor(features: str | os.PathLike[str] | Extractor, device: torch.d
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{features} is no TorchScript file: {str(error).splitlines()[0]}") from error
     return module.eval()
+
+
+def _onnx(path: Path) -> Extractor:
+    """The first output of an ONNX model, run on the CPU, in the precision of its input."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class for each reason, under no common one
+        raise ValueError(f"{path} is no ONNX file that can be run: {str(error).splitlines()[0]}") from error
+    given = session.get_inputs()[0]
+    dtype = np.float16 if "float16" in given.type else np.float32
+
+    def extract(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {given.name: images.cpu().numpy().astype(dtype)})[0])
+
+    return extract
 
 
 def _inception(device: torch.device) -> Extractor:
@@ -124,6 +145,32 @@ def kernel_distance(a: Reference, b: Reference, *, seed: int = 0) -> float:
         within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (xx, yy))
         found.append(within - 2 * xy.mean())
     return float(np.mean(found))
+
+
+def precision_and_recall(samples: Reference, reference: Reference, *, seed: int = 0) -> tuple[float, float]:
+    """The share of samples that are like a reference image, and of reference images that are like a sample.
+
+    Like: within the distance of an image to its third nearest neighbour in its own set. Both depend on how many images
+    there are, so the larger set is cut to the smaller's number, at random.
+
+    Source: Kynkäänniemi et al., 2019 (arXiv 1904.06991).
+
+    Raises ValueError as :func:`frechet_distance`, and for less than five images in a set.
+    """
+    _check_pair(samples, reference)
+    n = min(len(samples.features), len(reference.features))
+    if n < NEIGHBOURS + 2:
+        raise ValueError(f"precision and recall need {NEIGHBOURS + 2} images on each side, there are {n}")
+    rng = np.random.default_rng(seed)
+    a, b = (torch.from_numpy(x.features[rng.permutation(len(x.features))[:n]]) for x in (samples, reference))
+    between = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    near_a, near_b = (
+        torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(NEIGHBOURS + 1, dim=1).values
+        for x in (a, b)
+    )
+    precision = (between <= near_b[None, :]).any(dim=1).double().mean()
+    recall = (between <= near_a[:, None]).any(dim=0).double().mean()
+    return float(precision), float(recall)
 
 
 def _check_pair(a: Reference, b: Reference) -> None:

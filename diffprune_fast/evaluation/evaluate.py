@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +14,17 @@ from torch import Tensor, nn
 from ..objective.loss import images_of
 from ..tracing.trace import trace
 from .cost import Forward, forward_costs
-from .distances import Extractor, Reference, extracted, frechet_distance, kernel_distance
+from .distances import (
+    NEIGHBOURS,
+    Extractor,
+    Reference,
+    extracted,
+    frechet_distance,
+    kernel_distance,
+    precision_and_recall,
+)
 from .loss import diffusion_loss, loss_by_timestep
+from .pretrained import Scorer
 from .similarity import WINDOW, ssim
 
 # Images from a seed, ``(n, channels, height, width)`` in [-1, 1].
@@ -38,7 +48,8 @@ class Evaluation:
     """What was measured of a model.
 
     figures: by name, over the seeds: ``"loss"``, and of samples ``"SSIM"`` and ``"MSE"`` to the dense model's,
-    ``"Fréchet distance"`` and ``"kernel distance"`` to the reference. by_timestep: the first timestep of each tenth and
+    ``"Fréchet distance"``, ``"kernel distance"``, ``"precision"`` and ``"recall"`` to the reference, and
+    ``"s/image"``. by_timestep: the first timestep of each tenth and
     the loss there, of the first seed. samples: how many a seed.
     """
 
@@ -71,6 +82,7 @@ def evaluate(
     dense_samples: Sampler | None = None,
     extractor: Extractor | None = None,
     reference: Reference | None = None,
+    more: Mapping[str, Scorer] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     batch_sizes: Sequence[int] = (1, 8),
     example_inputs: Any = None,
@@ -86,6 +98,7 @@ def evaluate(
         extractor: from images to features, with ``reference``: see
             :func:`~diffprune_fast.evaluation.distances.find_extractor`.
         reference: the features of images that the samples should be like.
+        more: further figures of samples by name, such as those of :mod:`diffprune_fast.evaluation.pretrained`.
         seeds: each gives a loss and a set of samples; more than one give a deviation.
         batch_sizes: at which a forward is timed.
         example_inputs: as for :func:`diffprune_fast.trace`.
@@ -114,17 +127,16 @@ def evaluate(
     n = 0
     for seed in seeds if samples is not None else ():
         assert samples is not None
+        start = time.perf_counter()
         images = samples(seed)
         n = len(images)
-        if dense_samples is not None:
-            expected = dense_samples(seed).to(images.device)
-            if min(images.shape[-2:]) >= WINDOW:
-                found.setdefault("SSIM", []).append(ssim(images, expected))
-            found.setdefault("MSE", []).append(float((images - expected).float().square().mean()))
-        if extractor is not None and reference is not None:
-            ours = extracted(extractor, images)
-            found.setdefault("Fréchet distance", []).append(frechet_distance(ours, reference))
-            found.setdefault("kernel distance", []).append(kernel_distance(ours, reference))
+        found.setdefault("s/image", []).append((time.perf_counter() - start) / n)
+        expected = None if dense_samples is None else dense_samples(seed).to(images.device)
+        ours = None if extractor is None else extracted(extractor, images)
+        for name, value in _of_samples(images, expected, ours, reference, more or {}).items():
+            found.setdefault(name, []).append(value)
+    if len(found.get("s/image", ())) > 1:
+        del found["s/image"][0]  # it warmed up
     return Evaluation(
         params=cost.params,
         macs=cost.macs,
@@ -133,6 +145,27 @@ def evaluate(
         forwards=forward_costs(model, held_out, scheduler, batch_sizes=batch_sizes),
         samples=n,
     )
+
+
+def _of_samples(
+    images: Tensor,
+    expected: Tensor | None,
+    ours: Reference | None,
+    reference: Reference | None,
+    more: Mapping[str, Scorer],
+) -> dict[str, float]:
+    """The figures of one seed's samples."""
+    found: dict[str, float] = {}
+    if expected is not None:
+        if min(images.shape[-2:]) >= WINDOW:
+            found["SSIM"] = ssim(images, expected)
+        found["MSE"] = float((images - expected).float().square().mean())
+    if ours is not None and reference is not None:
+        found["Fréchet distance"] = frechet_distance(ours, reference)
+        found["kernel distance"] = kernel_distance(ours, reference)
+        if min(len(ours.features), len(reference.features)) >= NEIGHBOURS + 2:
+            found["precision"], found["recall"] = precision_and_recall(ours, reference)
+    return found | {name: scorer(images, expected) for name, scorer in more.items()}
 
 
 def summary(values: Sequence[float]) -> Figure:

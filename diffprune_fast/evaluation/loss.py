@@ -11,6 +11,7 @@ from torch import nn
 
 from ..objective.checks import check_batch
 from ..objective.forms import as_batch
+from ..objective.image_range import check_range_by_loss
 from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, images_of, make_objective
 from ..objective.nested import map_tensors, moved
@@ -65,6 +66,7 @@ def diffusion_loss(
     if n == 0 or passes < 1:
         raise ValueError(f"{n} images and {passes} passes: the loss needs at least one of each")
     check_batch(unwrapped(model), batch, loss_fn)
+    check_range_by_loss(unwrapped(model), objective, batch)
     device = next(model.parameters()).device
     generator = generator_for(seed)
     total = 0.0

@@ -27,7 +27,7 @@ _LAPS = 5
 # gone through in turn. (On the digits model, without, what half the MACs save came out a third too low.)
 _CACHES, _SETS = 16 << 20, 32
 # Rounds of interleaved models: at least, at most, and the seconds after which they end in between.
-_ROUNDS = (7, 41)
+_ROUNDS = (7, 101)
 _ROUNDS_SECONDS = 4.0
 
 
@@ -40,21 +40,28 @@ class Clock(Protocol):
         """Seconds of one operation of given sizes. Raises RuntimeError, ValueError where it can't be called so."""
         ...
 
+    def model(self, model: nn.Module, calls: Sequence[Call]) -> float:
+        """Seconds of a forward of one, to be compared with those of operations."""
+        ...
+
     def models(self, models: Sequence[nn.Module], calls: Sequence[Call]) -> list[float]:
         """Seconds of a forward of each: their ratios are those that count."""
         ...
 
 
 class DeviceClock:
-    """Wall-clock time on a device, in eager mode, with as many threads as there are now.
+    """Wall-clock time on a device (of one thread on the CPU: its CPU time), in eager mode, with the threads of now.
 
-    Operations: the least of five laps. Models: forwards in turn; the first one's median, and of the others the median
-    ratio to the first one of the same round.
+    Operations, and a model alone: the least of several laps. Models: forwards in turn; the first one's median, and of
+    the others the median ratio to the first one of the same round.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.name = device_name(device)
+        # One thread's own time is what it would take alone, whatever else runs on the machine.
+        alone = device.type == "cpu" and torch.get_num_threads() == 1
+        self._now = time.thread_time if alone else time.perf_counter
 
     @torch.inference_mode()
     def operation(self, operation: Operation) -> float:
@@ -66,8 +73,16 @@ class DeviceClock:
         laps = _LAPS if first < 0.05 else 2
         return min(self._lap(calls) / len(calls) for _ in range(laps))
 
-    @torch.inference_mode()
+    def model(self, model: nn.Module, calls: Sequence[Call]) -> float:
+        return min(seconds for (seconds,) in self._rounds([model], calls))
+
     def models(self, models: Sequence[nn.Module], calls: Sequence[Call]) -> list[float]:
+        rounds = self._rounds(models, calls)
+        first = statistics.median(r[0] for r in rounds)
+        return [first, *(first * statistics.median(r[i] / r[0] for r in rounds) for i in range(1, len(models)))]
+
+    @torch.inference_mode()
+    def _rounds(self, models: Sequence[nn.Module], calls: Sequence[Call]) -> list[list[float]]:
         inputs = [(method, *real((args, kwargs), self.device)) for method, args, kwargs in calls]
         rounds: list[list[float]] = []
         with ExitStack() as stack:
@@ -80,16 +95,15 @@ class DeviceClock:
                 len(rounds) < _ROUNDS[1] and time.perf_counter() - began < _ROUNDS_SECONDS
             ):
                 rounds.append([self._lap([partial(run, model, inputs)]) for model in models])
-        first = statistics.median(r[0] for r in rounds)
-        return [first, *(first * statistics.median(r[i] / r[0] for r in rounds) for i in range(1, len(models)))]
+        return rounds
 
     def _lap(self, calls: Sequence[Callable[[], Any]]) -> float:
         self._wait()
-        start = time.perf_counter()
+        start = self._now()
         for call in calls:
             call()
         self._wait()
-        return time.perf_counter() - start
+        return self._now() - start
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -117,7 +131,8 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    return f"{_processor()}, {n} thread{'s' if n > 1 else ''}"
 
 
 def _processor() -> str:

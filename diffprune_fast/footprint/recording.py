@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,10 @@ def _row(label_map: np.ndarray, dim: int) -> np.ndarray:
     return label_map[tuple([slice(None) if d == dim else 0 for d in range(label_map.ndim)])]
 
 
+def _is_channels_last(t: Tensor) -> bool:
+    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
 class _Recorder(Tracer):
     """Writes down what every operation of a walk reads and gives."""
 
@@ -112,6 +116,7 @@ class _Recorder(Tracer):
         self.made: list[Shape] = []
         self.live: list[frozenset[int]] = []
         self.others = 0
+        self._channels_last = any(_is_channels_last(p) for p in model.parameters())
         self._seen = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -135,7 +140,12 @@ class _Recorder(Tracer):
         return out
 
     def _shape(self, x: Any) -> Any:
-        return shape_of(x, read_note(x).labels, self.numbers) if isinstance(x, Tensor) else x
+        if not isinstance(x, Tensor):
+            return x
+        found = shape_of(x, read_note(x).labels, self.numbers)
+        if self._channels_last and x.dim() == 4 and max(found.widths[2:]) < 0:  # on meta all is contiguous
+            return replace(found, order=(0, 2, 3, 1))
+        return found
 
     def _note_operation(self, func: Any, outs: Sequence[Tensor], args: Any, kwargs: Any) -> None:
         shapes = shapes_in((args, kwargs))

@@ -60,11 +60,19 @@ class Times:
         What it takes longer than its operations alone surrounds them and stays; where they alone took longer (the
         machine was busier) they all count less.
         """
-        self._whole = np.append(self.widths.at(whole), 1.0)
+        self._whole, self._dense_counts = np.append(self.widths.at(whole), 1.0), whole
         alone = float(self._operations(whole[None])[0])
         self.factor = min(1.0, dense / max(alone, 1e-30))
         self.fixed = max(0.0, dense - alone)
         self.dense = dense
+        return self
+
+    def through(self, counts: np.ndarray, share: float) -> Times:
+        """The same, so that a model of these counts takes this share of the dense model's time, as measured."""
+        full, thin = self._operations(np.stack([self._dense_counts, counts]))
+        if thin < full and share < 1:
+            self.factor = float(min(self.dense * (1 - share) / (full - thin), self.dense / full))
+            self.fixed = float(self.dense - self.factor * full)
         return self
 
     def words(self, seconds: float) -> str:
@@ -125,7 +133,7 @@ def measure_times(
     """Measure what the model's operations take on its device, at widths that suit it, for ``latency=``.
 
     Every operation that works on channels is called by itself with the shapes that it has in one forward of the example
-    inputs, at the model's batch size, dtype and memory format: convolutions, linear layers and attention at two dozen
+    inputs, at their batch size, in the model's dtype and memory format: convolutions and linear layers at two dozen
     widths of either side, others at five. The dense model is timed as a whole; what it takes longer than its operations
     surrounds them and is counted as fixed. In eager mode, with the number of threads that there is now.
 
@@ -139,10 +147,19 @@ def measure_times(
         clock: what measures, if not the device's own time.
 
     Returns:
-        Seconds as a function of kept counts, for ``select(..., latency=0.6, costs=[times])``.
+        Seconds as a function of kept counts, for ``select(..., latency=0.6, costs={"latency": times})``.
 
     Raises:
         TraceError, ValueError: as :func:`trace`.
+
+    Example:
+        >>> import torch
+        >>> from diffprune_fast import trace
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> plan = trace(model, (torch.zeros(8, 4),))
+        >>> times = measure_times(model, plan, (torch.zeros(8, 4),), cache=None)
+        >>> round(float(times(plan.counts())) / times.dense, 6)
+        1.0
     """
     found = record(model, plan, example_inputs)
     clock = clock or DeviceClock(device_of(model))
@@ -165,4 +182,4 @@ def measure_times(
         measured.save()
     calls = calls_of(model, example_inputs)
     times = Times(found.widths, [Term(*key, n) for key, n in terms.items()], curves, clock, calls)
-    return times.calibrated(plan.counts(), clock.models([model], calls)[0])
+    return times.calibrated(plan.counts(), clock.model(model, calls))

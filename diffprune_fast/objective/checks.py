@@ -26,8 +26,10 @@ CONSTANT = 1 / 512
 def check_weights(model: nn.Module) -> torch.device:
     """The one device that the model's parameters are on.
 
-    Raises ValueError, naming the parameter, for NaN or infinite weights, weights on ``meta`` or on several devices.
+    Raises ValueError, naming the parameter, for NaN or infinite weights, weights on ``meta``, on several devices or
+    sharded over ranks.
     """
+    check_whole(model)
     device: torch.device | None = None
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device.type == "meta":
@@ -45,6 +47,18 @@ def check_weights(model: nn.Module) -> torch.device:
     if device is None:
         raise ValueError(f"{type(model).__name__} has no parameters to score")
     return device
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters are spread over ranks: no rank has the channels of all."""
+    for name, p in model.named_parameters():
+        if hasattr(p, "device_mesh") and hasattr(p, "placements"):
+            raise ValueError(
+                f"{name} is sharded over ranks (FSDP2 or tensor parallelism): score, prune, compensate and finetune "
+                "the whole model, and shard the smaller one afterwards, fully_shard(result.model). Of a model that is "
+                "sharded already get_model_state_dict (torch.distributed.checkpoint.state_dict) with "
+                "full_state_dict=True gives the weights for a whole one"
+            )
 
 
 def _check_own_memory(name: str, parameter: Tensor) -> None:

@@ -82,7 +82,7 @@ class LossRun:
 
     def draw(self, k: int, size: int, allowed: np.ndarray) -> tuple[Any, Tensor, Tensor]:
         """Micro-batch ``k``: images, timesteps and noise, the same on any number of ranks."""
-        batch = moved(self.batches.take(size), self.device)
+        batch = self.batches.take(size)
         noise = self.objective.noise(batch, generator_for(self.seed, NOISE, k))
         t = stratified(allowed, count(batch), generator_for(self.seed, TIMESTEPS, k))
-        return batch, t.to(self.device, non_blocking=True), noise
+        return moved((batch, t, noise), self.device)  # last, so that nothing is waited for in between

@@ -32,5 +32,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """The batch on ``device``; what is no tensor stays as it is."""
-    return map_tensors(batch, lambda x: x.to(device, non_blocking=True))
+    """The batch on ``device``; what is no tensor stays as it is. The host doesn't wait for a CUDA device: from pageable
+    memory it would, so copies go by pinned memory."""
+    if device.type != "cuda":
+        return map_tensors(batch, lambda x: x.to(device))
+    return map_tensors(batch, lambda x: (x.pin_memory() if x.device.type == "cpu" else x).to(device, non_blocking=True))

@@ -121,6 +121,16 @@ def compare_batch(batch: Any) -> None:
         _Work.current.compare_values(sampled(batch))
 
 
+def meet() -> None:
+    """Wait until all ranks are here, inside :func:`together`: before what waits for them without looking for news.
+
+    Raises RankError where one raised. It goes through the store, so that the group can be used afterwards; a reduction
+    that somebody left stays in it, which then is of no more use.
+    """
+    if _Work.current is not None:
+        _Work.current.meet("met")
+
+
 class _Work:
     """One call of a function that all ranks are in; news go through the store that the group was made with."""
 
@@ -148,6 +158,7 @@ class _Work:
                     f"rank {self.rank} has {name}={about[name]!r}, rank 0 {theirs.get(name)!r}: all ranks make the "
                     "same call"
                 )
+        self.meet("met")
 
     def compare_values(self, values: Sequence[Mapping[str, Any]]) -> None:
         theirs = self._of_first(values)
@@ -156,11 +167,17 @@ class _Work:
                 f"rank {self.rank}'s loader begins with another batch than rank 0's: give all ranks the same batches "
                 "in the same order (no DistributedSampler), they share the work among them"
             )
+        self.meet("met")
 
     def end(self) -> None:
         """Wait until all ranks are through."""
-        self._store.add("ended", 1)
-        self._until(lambda: self._store.add("ended", 0) >= self.ranks)
+        self.meet("ended")
+
+    def meet(self, where: str) -> None:
+        self._told += 1
+        key = f"{where}/{self._told}"
+        self._store.add(key, 1)
+        self._until(lambda: self._store.add(key, 0) >= self.ranks)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others, unless one of them was first."""

@@ -20,12 +20,12 @@ from ..architectures.inputs import knows_inputs
 from ..choices import RecoveryLoss
 from ..objective.batches import as_loader
 from ..objective.calls import first_call
-from ..objective.checks import check_batch
+from ..objective.checks import check_batch, check_whole
 from ..objective.forms import as_batch
 from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.randomness import own_randomness
-from ..objective.ranks import rank_and_count, together
+from ..objective.ranks import meet, rank_and_count, together
 from .distillation import StepLoss, find_teacher
 from .guard import Guard, can_look_twice
 from .losses import step_loss_of
@@ -146,6 +146,7 @@ def finetune(
     Source: the finetuning of Fang et al., 2023 (Adam, clip 1, EMA 0.9999), with a schedule for short runs; Hinton et
     al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
     """
+    check_whole(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _accelerating(accelerator, device) as found:
         return _finetune(
@@ -240,6 +241,7 @@ def _finetune(
                 differentiates=own,
             )
         before = None if look is None else look.loss()
+        meet()  # accelerate waits without looking for news
         step_loss, prepared = accelerator.prepare(Step(model, minimised, autocast), optimizer)
         training = Training(
             model=model,

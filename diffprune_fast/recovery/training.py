@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..checkpoint.state import read_state, write_state
 from ..objective.batches import count, part
+from ..objective.image_range import check_range_by_loss
+from ..objective.isolation import unwrapped
 from ..objective.loss import Objective
 from ..objective.loss_run import precision
 from ..objective.nested import moved
@@ -79,7 +81,6 @@ class Training:
     def __post_init__(self) -> None:
         draws = generator_for(self.settings.seed, DROPOUT, self.accelerator.process_index)
         self._begun = False
-        self._has_buffers = any(True for _ in self.model.buffers())
         self._dropout = Stream(int(torch.randint(2**31, (), generator=draws)))
 
     def run(self, progress: Progress, checkpoint: Path | None, every: int, about: Mapping[str, Any]) -> None:
@@ -122,6 +123,7 @@ class Training:
         batch = next(self.position)
         if not self._begun:
             compare_batch(batch)
+            check_range_by_loss(unwrapped(self.model), self.objective, batch)
             self._begun = True
         rank, ranks, n = self.accelerator.process_index, self.accelerator.num_processes, count(batch)
         if n < ranks:
@@ -131,8 +133,7 @@ class Training:
         t = stratified(np.arange(self.objective.n_timesteps), n, generator_for(seed, TIMESTEPS, k))[rows].to(device)
         noise = self.objective.noise(batch, generator_for(seed, NOISE, k))[rows].to(device)
         mine = moved(part(batch, rows.start, rows.stop) if ranks > 1 else batch, device)
-        if ranks > 1 and self._has_buffers:
-            reduced(torch.zeros((), device=device))  # the forward exchanges them
+        reduced(torch.zeros((), device=device))  # the forward may exchange buffers, where nobody looks for news
         with self._dropout:
             value = self.step_loss(mine, t, noise)
         return value, (rows.stop - rows.start) / n

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..scoring.scores import LossCurve
 
 
-INK, ACCENT, PALE, MUTED = "#1f2933", "#2563eb", "#dbe4f3", "#6b7785"
+INK, ACCENT, PALE, MUTED = "#1f2933", "#2563eb", "#cfdaee", "#6b7785"
 # Inches of a chart that has a page's half for itself.
 HALF = (5.2, 3.0)
 

@@ -49,8 +49,8 @@ DASH = "–"
 
 
 # Decimals of the figures whose size is known; others get three digits.
-DECIMALS = {"loss": 4, "SSIM": 3, "Fréchet distance": 1}
-HIGHER_IS_BETTER = frozenset({"SSIM"})
+DECIMALS = {"loss": 4, "SSIM": 3, "Fréchet distance": 1, "precision": 3, "recall": 3, "LPIPS": 3, "CLIP score": 1}
+HIGHER_IS_BETTER = frozenset({"SSIM", "precision", "recall", "CLIP score"})
 
 
 WIDTH = 110

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -10,9 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..objective.batches import count
 from ..objective.loss_run import LossRun
+from ..objective.randomness import DRAWN_BY_LOSS
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..ops.channel_scores import BoundScores
 from ..plan.plan import Plan
@@ -30,9 +34,6 @@ CHECK_EVERY = 8
 
 
 MIN_BATCHES = 16
-
-# The place in the seed's tree that a loss's own random numbers come from; the others are in objective.randomness.
-DRAWN_BY_LOSS = 5
 
 
 @dataclass(kw_only=True)
@@ -76,6 +77,7 @@ class MicroScores:
     def __init__(self, work: Work, table: UnitTable, element: str, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._work, self._table, self._element = work, table, element
         self._bucket_bytes = bucket_bytes
+        self._hooks = GradientHooks(work.parameters)
         self._current = work.new_scores()
         self._halves = torch.stack([self._current, self._current])
         self._unseen: list[tuple[Tensor, Callable[[], Tensor]]] = []
@@ -84,7 +86,7 @@ class MicroScores:
 
     def add(self, k: int, loss: Callable[[], Tensor]) -> None:
         self._current.zero_()
-        with GradientHooks(self._work.parameters, self._arrived):
+        with self._hooks.calling(self._arrived):
             loss().backward()
             self._flush()
         self._unseen.append((torch.isfinite(self._current).all(), loss))
@@ -129,7 +131,7 @@ class MicroScores:
                 bad.append(name)
             p.grad = None
 
-        with GradientHooks(self._work.parameters, look):
+        with self._hooks.calling(look):
             loss().backward()
         raise FloatingPointError(_not_finite(bad[0] if bad else "one parameter or its score"))
 
@@ -257,20 +259,33 @@ def add_scores(
 
 
 class GradientHooks:
-    """While inside, ``call(name, parameter)`` whenever a parameter's gradient is complete."""
+    """Hooks on parameters, registered once and gone with this object: ``with hooks.calling(f):`` calls ``f(name,
+    parameter)`` whenever a parameter's gradient is complete."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], call: Callable[[str, Tensor], None]) -> None:
-        self._parameters, self._call = parameters, call
-
-    def __enter__(self) -> None:
-        self._handles = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._call(name, p))
-            for name, p in self._parameters.items()
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._now: list[Callable[[str, Tensor], None]] = []  # what is called; all that the hooks hold
+        handles = [
+            p.register_post_accumulate_grad_hook(partial(_tell, self._now, name)) for name, p in parameters.items()
         ]
+        weakref.finalize(self, _remove, handles)
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    @contextmanager
+    def calling(self, call: Callable[[str, Tensor], None]) -> Iterator[None]:
+        self._now.append(call)
+        try:
+            yield
+        finally:
+            self._now.clear()
+
+
+def _tell(now: list[Callable[[str, Tensor], None]], name: str, p: Tensor) -> None:
+    for call in now:
+        call(name, p)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _not_finite(name: str) -> str:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from ..architectures.layers import CONVOLUTIONS, TRANSPOSED
 from ..objective.batches import count
 from ..objective.outputs import outputs_seen
-from ..objective.randomness import generator_for
+from ..objective.randomness import DRAWN_BY_LOSS, generator_for
 from ..objective.ranks import rank_and_count, summed_over_ranks
 from ..plan.plan import Member, Plan
 from ..progress import bar
-from .estimators import BUCKET_BYTES, DRAWN_BY_LOSS, GradientHooks, Work, add_scores
+from .estimators import BUCKET_BYTES, GradientHooks, Work, add_scores
 from .state import State
 from .tables import UnitTable, unit_table
 
@@ -147,6 +147,7 @@ class Damage:
         self._work = work
         self._table = consumer_table(work.plan, work.model)
         self._parameters = {n: work.parameters[n] for n in self._table.parameters}
+        self._hooks = GradientHooks(self._parameters)
         self._probe = Probe(work)
         self._current, self._sum = work.new_scores(), work.new_scores()
         self._waiting: list[str] = []
@@ -162,7 +163,7 @@ class Damage:
         if product is None or not self._parameters:
             return
         self._current.zero_()
-        with GradientHooks(self._parameters, self._arrived):
+        with self._hooks.calling(self._arrived):
             product.backward(inputs=list(self._parameters.values()))
             self._flush()
         self._sum += self._current.square()
@@ -202,7 +203,7 @@ class Damage:
             self._flush()
 
     def _flush(self) -> None:
-        add_scores(self._current, self._work, self._table, self._waiting, "signed")
+        add_scores(self._current, self._work, self._table, self._waiting, "signed", again=True)
         for name in self._waiting:
             self._work.parameters[name].grad = None
         self._waiting, self._bytes = [], 0

@@ -18,12 +18,13 @@ from torch import nn
 from ..choices import Autocast, CriterionName, Estimator, VariantName
 from ..objective.batches import Batches
 from ..objective.checks import check_batch, check_weights
+from ..objective.image_range import check_range_by_loss
 from ..objective.isolation import stand_ins, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun
 from ..objective.nested import moved
 from ..objective.randomness import generator_for, own_randomness
-from ..objective.ranks import rank_and_count, summed_over_ranks, together
+from ..objective.ranks import together
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
 from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps
@@ -150,6 +151,7 @@ def score(
         raise ValueError(f"criterion {criterion!r} needs images: give a loader (only magnitude and random need none)")
     with own_randomness(seed, loader), torch.inference_mode(False), torch.enable_grad():
         batches = Batches(loader, lambda batch: check_batch(model, batch, loss_fn), seed)
+        check_range_by_loss(model, objective, batches.first)
         about = settings_of(
             objective,
             plan=plan.hash,
@@ -279,15 +281,12 @@ def counted_timesteps(
 
 
 def _curve(work: LossRun, threshold: float) -> LossCurve:
-    """The loss over the timesteps, on a few images; ranks measure each on its own and take the mean."""
+    """The loss over the timesteps, on a few images."""
     batch = moved(work.batches.take(CURVE_SAMPLES), work.device)
     noise = work.objective.noise(batch, generator_for(work.seed, CURVE, 0))
     with work.precision():
-        curve = measure_curve(
-            work.objective, work.model, batch, noise, threshold, curve_timesteps(work.objective.n_timesteps)
-        )
-    losses = summed_over_ranks(torch.from_numpy(curve.losses).to(work.device)) / rank_and_count()[1]
-    return LossCurve(curve.timesteps, losses.cpu().numpy(), threshold)
+        at = curve_timesteps(work.objective.n_timesteps)
+        return measure_curve(work.objective, work.model, batch, noise, threshold, at, work.seed)
 
 
 def _without_data(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..objective.batches import count
 from ..objective.loss import Objective
+from ..objective.randomness import DRAWN_BY_LOSS, seed_at, seed_globally
+from ..objective.ranks import rank_and_count, summed_over_ranks
 from .scores import LossCurve
 
 CURVE_POINTS = 20
@@ -53,17 +55,27 @@ def curve_timesteps(n_timesteps: int, points: int = CURVE_POINTS) -> np.ndarray:
 
 @torch.no_grad()
 def measure_curve(
-    objective: Objective, model: nn.Module, batch: Any, noise: Tensor, threshold: float, timesteps: np.ndarray
+    objective: Objective,
+    model: nn.Module,
+    batch: Any,
+    noise: Tensor,
+    threshold: float,
+    timesteps: np.ndarray,
+    seed: int,
 ) -> LossCurve:
-    """The mean loss of one batch with one noise at each of ``timesteps``, forward only.
+    """The mean loss of one batch with one noise at each of ``timesteps``, forward only; the ranks share the timesteps.
+
+    seed: of what the loss itself draws.
 
     Raises FloatingPointError, naming the timestep, for a NaN or infinite loss.
     """
-    found = []
-    for t in timesteps.tolist():
-        at = torch.full((count(batch),), t, device=noise.device)
-        found.append(objective.loss(model, batch, at, noise))
-    losses = torch.stack(found).double().cpu().numpy()  # the host waits for the device here alone
+    rank, ranks = rank_and_count()
+    mine = torch.zeros(len(timesteps), dtype=noise.dtype, device=noise.device)
+    for i in range(rank, len(timesteps), ranks):
+        at = torch.full((count(batch),), int(timesteps[i]), device=noise.device)
+        seed_globally(seed_at(seed, DRAWN_BY_LOSS, 2, i))
+        mine[i] = objective.loss(model, batch, at, noise)
+    losses = summed_over_ranks(mine).double().cpu().numpy()  # the host waits for the device here alone
     if not np.isfinite(losses).all():
         i = int(np.flatnonzero(~np.isfinite(losses))[0])
         raise FloatingPointError(f"the loss at timestep {timesteps[i]} is {losses[i]}")

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from .channels import Channels
 from .labels import Labels
 from .notes import note_on, read_note
+from .values import remember_input
 
 
 class LikeADevice(TorchFunctionMode):
@@ -76,10 +77,14 @@ def _labelled_like(t: Tensor) -> Tensor:
 
 
 def inputs_on_meta(tree: Any) -> Any:
-    """Floating-point inputs go to meta; ids, masks and numbers stay real."""
+    """Floating-point inputs go to meta, where a forward may still ask for their values; ids and masks stay real."""
 
     def moved(t: Tensor) -> Tensor:
-        return torch.empty(t.shape, dtype=t.dtype, device="meta") if t.is_floating_point() else t
+        if not t.is_floating_point():
+            return t
+        out = torch.empty(t.shape, dtype=t.dtype, device="meta")
+        remember_input(out, t)
+        return out
 
     return tree_map_only(Tensor, moved, tree)
 

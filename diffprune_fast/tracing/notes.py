@@ -38,12 +38,23 @@ class Statistic:
 
 
 @dataclass(slots=True)
+class Origin:
+    """How a tensor was made, of inputs and numbers alone. at: when. value: what is in it, once it was computed."""
+
+    at: int
+    func: Any
+    args: Any
+    kwargs: Any
+    value: Tensor | None = None
+
+
+@dataclass(slots=True)
 class TensorNote:
     """What is known of a tensor.
 
     labels: which channel each element belongs to. parameter: the name of the parameter or buffer that it stands for.
     content: what is in it, if the forward made it of numbers alone. statistic: what it holds of a mean over channels.
-    made: whether the walk saw how the values that it holds were made.
+    made: whether the walk saw how the values that it holds were made. origin: how to make them, on meta.
     """
 
     labels: Labels | None = None
@@ -51,6 +62,7 @@ class TensorNote:
     content: Content | None = None
     statistic: Statistic | None = None
     made: bool = False
+    origin: Origin | None = None
 
 
 _NOTHING = TensorNote()

@@ -26,7 +26,8 @@ def refuse_model(model: nn.Module) -> None:
         if is_traceable_wrapper_subclass(t):
             raise TraceError(
                 f"{name} is a {type(t.data).__name__}, a tensor made of others (sharded by FSDP2 or tensor "
-                "parallelism, or quantised), which can't be sliced: prune the model before it is wrapped"
+                "parallelism, or quantised), which can't be sliced: prune the model first and shard or quantise the "
+                "smaller one"
             )
 
 

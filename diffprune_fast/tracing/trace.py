@@ -30,8 +30,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, unit
     Args:
         model: any module; diffusers classes make their own ``example_inputs``.
         example_inputs: for other classes the forward's positional arguments as a tuple or its keyword arguments as a
-            dict. Their shapes count, not their values; costs in the plan are those of one forward of them. Several
-            calls, where other methods than the forward are used too: a list of ``(method, args, kwargs)``.
+            dict. Their shapes count, and their values where a forward asks for them; costs in the plan are those of
+            one forward of them. Several calls, where other methods than the forward are used too: a list of
+            ``(method, args, kwargs)``.
         units: what can be removed of an attention. ``"dims"``, single dims of all its heads, equally many of each;
             ``"heads"``, whole heads; ``"auto"``, dims, or heads where some dims have to stay (rotary embeddings, for
             one).

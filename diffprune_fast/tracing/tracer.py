@@ -13,7 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..architectures.attributes import FROZEN_CLASSES, INPUT_ATTRIBUTES
 from ..architectures.position_tables import Table, table_of
-from . import computed_weights, constants, flex_attention, interface, scale_folding, spelled_norms, steps
+from . import (
+    computed_weights,
+    constants,
+    flex_attention,
+    interface,
+    scale_folding,
+    spelled_norms,
+    steps,
+    values,
+)
 from .caches import nothing_left_outside
 from .channels import Channels
 from .errors import TraceError, explain_failure
@@ -101,6 +110,7 @@ class Tracer(TorchDispatchMode):
                 note_on(t).content = content
         if statistic is not None:
             spelled_norms.settle(self.walk, statistic, out)
+        values.note_origin(func, args, kwargs, tensors, out, len(self.walk.steps), self.walk.writes)
         scale_folding.note_other_uses(self.walk, name, tensors, kwargs, out)
         steps.record_step(self.walk, func, args, kwargs, tensors, out)
         return out

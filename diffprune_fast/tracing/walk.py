@@ -15,6 +15,7 @@ from .labels import LabelMap, LabelMaps, Labels, varying
 from .meta import device_of, to_meta
 from .notes import note_on, read_note
 from .records import Attended, CostTerm, ScaleTerm, Step, place_of
+from .values import Writes, computed
 
 # Ids and masks up to this size keep their values, which a forward may ask for (transformers' attention masks).
 _FEW = 65536
@@ -35,7 +36,7 @@ class Walk:
         self.channels = channels
         self.graph = graph
         self.device = device_of(model)
-        self.unreal: set[int] = set()  # storages of real tensors into which something without values was written
+        self.writes = Writes()
         self.costs: list[CostTerm] = []
         self.scales: list[ScaleTerm] = []
         self.other_uses: list[Labels] = []
@@ -84,9 +85,10 @@ class Walk:
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The op itself, on meta where any operand is there."""
         tensors = list(self.tensors((args, kwargs)))
-        if any(self._has_no_values(t) for t in tensors):
-            if func._schema.is_mutable:
-                self.unreal.update([t.untyped_storage()._cdata for t in tensors if not t.is_meta])
+        given = args, kwargs
+        if func._schema.is_mutable:
+            self.writes.note(func, args, kwargs, tensors, len(self.steps))
+        if any(self.writes.without_values(t) for t in tensors):
             if not all(t.is_meta for t in tensors):
                 args, kwargs = to_meta(args), to_meta(kwargs)
             args, kwargs = _on(torch.device("meta"), args, kwargs)
@@ -97,11 +99,11 @@ class Walk:
         try:
             return func(*args, **kwargs)
         except Exception:
+            real = computed(func, *given, self.writes)
+            if real is not None:
+                return real
             self.failed = self.place(func), args
             raise
-
-    def _has_no_values(self, t: Tensor) -> bool:
-        return t.is_meta or (bool(self.unreal) and t.untyped_storage()._cdata in self.unreal)
 
     def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor that the forward makes on the model's device: on meta, unless it is a few ids or a small mask."""

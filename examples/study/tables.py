@@ -84,7 +84,9 @@ def _values(rows: Sequence[Row], stage: str, measure: str, figure: str) -> list[
 
 def _best(columns: Iterable[list[float]], figure: str) -> float | None:
     means = [float(np.mean(v)) for v in columns if v]
-    return (max(means) if figure == "ssim" else min(means)) if means else None
+    if len(means) < 2:  # nothing to be better than
+        return None
+    return max(means) if figure == "ssim" else min(means)
 
 
 def _figures(rows: Sequence[Row]) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from calculated_clock import CalculatedClock
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from typer.testing import CliRunner
@@ -281,3 +282,14 @@ def test_unreadable_images_are_named(images):
 def test_models_of_latents_are_refused(images):
     with pytest.raises(ValueError, match="takes 4 channels"):
         ImageFolder(images, (8, 8), channels=4)
+
+
+def test_budgets_of_time_and_memory_are_measured(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("diffprune_fast.footprint.times.DeviceClock", lambda device: CalculatedClock())
+    asked = ("--criterion", "magnitude", "--latency", 0.6, "--memory", 0.9, "--round-to", 4)
+    result = run("prune", model_dir, "--out", tmp_path / "pruned", *asked)
+    assert result.exit_code == 0, result.output
+    assert "latency: asked 0.6, predicted" in result.stderr + result.stdout
+    assert "memory: asked 0.9, predicted" in result.stderr + result.stdout
+    assert "leave it out" in one_error(run("prune", model_dir, "--out", tmp_path / "other", "--dry-run", *asked))

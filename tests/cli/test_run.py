@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,8 @@ def test_a_folder_of_images_and_a_model_become_a_recovered_model_a_report_and_a_
     before = UNet2DModel(**TINY).num_parameters()
     recovered = from_pretrained(out / "recovered")
     assert recovered.num_parameters() < 0.8 * before
-    assert not torch.equal(recovered.conv_out.weight, from_pretrained(out / "pruned").conv_out.weight)
+    helped = json.loads((out / "recovered" / "run.json").read_text())["helped"]
+    assert torch.equal(recovered.conv_out.weight, from_pretrained(out / "pruned").conv_out.weight) != helped
     page = (out / "report.html").read_text()
     for words in ("dense", "sliced", "compensated", "recovered", "How to load it", "How to reproduce it", "2 seeds"):
         assert words in page
@@ -239,6 +241,35 @@ def test_the_same_seed_gives_two_models_the_same_noise_and_spacings_differ(input
         assert not np.array_equal(pixels(name, inputs / "model", *options), dense), name
 
 
+def sampled_by(rank: int, ranks: int, port: int, words: list[str]) -> None:
+    """What accelerate launch starts."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+    }
+    app(words, standalone_mode=False)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_images_of_one(inputs, tmp_path):
+    def words(name: str) -> list[str]:
+        common = ("sample", inputs / "model", "--n", 5, "--steps", 2, "--batch-size", 2, "--device", "cpu")
+        return [str(word) for word in (*common, "--out", tmp_path / name)]
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(sampled_by, (2, port, words("two")), nprocs=2, start_method="spawn")
+    run(*words("one"))
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "two").iterdir())
+    for name in (n for n in names if n.endswith(".png")):
+        one, two = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "two"))
+        assert np.abs(one - two).max() <= 1, name
+
+
 def test_classes_are_sampled_in_turn(tmp_path):
     torch.manual_seed(0)
     UNet2DModel(**TINY, num_class_embeds=3).save_pretrained(tmp_path / "model")
@@ -262,12 +293,14 @@ def test_distances_need_an_extractor_and_reuse_their_reference(inputs, tmp_path)
     run(*common, "--out", tmp_path / "one")
     written = (tmp_path / "reference.npz").stat().st_mtime_ns
     first = json.loads((tmp_path / "one" / "evaluation.json").read_text())["figures"]
-    assert {"Fréchet distance", "kernel distance", "loss"} <= first.keys()
+    assert {"Fréchet distance", "kernel distance", "loss", "s/image"} <= first.keys()
     assert first["loss"]["deviation"] is None
     run(*common, "--out", tmp_path / "two")
     assert (tmp_path / "reference.npz").stat().st_mtime_ns == written
     second = json.loads((tmp_path / "two" / "evaluation.json").read_text())["figures"]
     assert second["Fréchet distance"]["mean"] == pytest.approx(first["Fréchet distance"]["mean"], rel=1e-4)
+    assert "--lpips alex: it compares with the dense model's samples" in error(*common, "--lpips", "alex", "--out", "x")
+    assert "--clip there: it compares with the prompts" in error(*common, "--clip", "there", "--out", "x")
     (tmp_path / "features.pt").write_text("nothing")
     assert "is no TorchScript file" in error(*common, "--out", tmp_path / "three")
 

@@ -105,6 +105,30 @@ def test_onnx(pruned: nn.Module, dynamo: bool, tmp_path: Path) -> None:
         assert_same(_onnx(file, n), pruned, n)
 
 
+def test_openvino(pruned: nn.Module) -> None:
+    openvino = pytest.importorskip("openvino")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = openvino.convert_model(pruned, example_input=inputs(2))
+    # in f32 on processors that would take bf16 by themselves, too
+    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for n in (2, 5):
+        assert_same(compiled([x.numpy() for x in inputs(n)])[0], pruned, n)
+
+
+def test_torchao_weights_of_eight_bits(pruned: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torchao = pytest.importorskip("torchao.quantization")
+        model: Any = copy.deepcopy(pruned)
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    attention = model.model.mid_block.attentions[0]
+    assert type(attention.to_q.weight.data) is not Tensor
+    with torch.no_grad():
+        found, want = model(*inputs(2)), pruned(*inputs(2))
+    torch.testing.assert_close(found, want, rtol=0.05, atol=0.05)
+
+
 def test_sharded_safetensors_of_a_plain_result(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = small_unet().eval()

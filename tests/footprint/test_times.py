@@ -14,6 +14,7 @@ from torch import nn
 from diffprune_fast import Plan, select, trace
 from diffprune_fast.footprint import Times, measure_times
 from diffprune_fast.footprint.recording import Operation
+from diffprune_fast.footprint.replay import ready, tensor
 from diffprune_fast.plan.lattice import lattice
 from diffprune_fast.scoring.scores import Scores
 from diffprune_fast.selection.budgets import BudgetError
@@ -68,7 +69,7 @@ def test_steps_of_widths_are_seen() -> None:
         return 1e-6 * sum(-(-n // 16) for n in operation.shapes[0].sizes)
 
     plan = trace(model, (torch.zeros(2, 8),))
-    found = measure_times(model, plan, (torch.zeros(2, 8),), cache=None, clock=CalculatedClock(in_blocks, model=1.0))
+    found = measure_times(model, plan, (torch.zeros(2, 8),), cache=None, clock=CalculatedClock(in_blocks, constant=1.0))
     at = {n: float(found(np.array([n]))) for n in (16, 24, 32, 40, 48, 64)}
     assert at[24] == pytest.approx(at[32])
     assert at[40] == pytest.approx(at[48])
@@ -84,7 +85,7 @@ def test_an_operation_that_cannot_be_called_narrower_shrinks_in_proportion() -> 
         return 1e-3 if operation.name.startswith("aten.silu") else 0.0
 
     plan = trace(model, inputs)
-    found = measure_times(model, plan, inputs, cache=None, clock=CalculatedClock(whole_only, model=1.0))
+    found = measure_times(model, plan, inputs, cache=None, clock=CalculatedClock(whole_only, constant=1.0))
     assert found(np.array([[64], [32], [16]])) == pytest.approx([1.0, 0.9995, 0.99925])
 
 
@@ -169,3 +170,21 @@ def test_measuring_leaves_model_and_randomness_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_what_is_called_has_the_models_dtype_and_memory_format() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.SiLU(), nn.Conv2d(16, 3, 3))
+    model = model.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    inputs, called = (torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16),), []
+
+    def note(operation: Operation) -> float:
+        called.extend(operation.shapes)
+        ready(operation, torch.device("cpu"))()
+        return 1e-3
+
+    measure_times(model, trace(model, inputs), inputs, cache=None, clock=CalculatedClock(note, constant=1.0))
+    assert {s.dtype for s in called} == {"bfloat16"}
+    made = [tensor(s, torch.device("cpu")) for s in called if len(s.sizes) == 4]
+    assert made
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in made)
+    assert {tuple(t.shape) for t in made} >= {(2, 16, 6, 6), (2, 8, 6, 6), (8, 3, 3, 3)}

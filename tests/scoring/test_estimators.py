@@ -17,7 +17,7 @@ from diffprune_fast.objective.randomness import NOISE, TIMESTEPS, generator_for,
 from diffprune_fast.ops import ScoreTable
 from diffprune_fast.plan import Member
 from diffprune_fast.scoring import Scores, estimators, score
-from diffprune_fast.scoring.estimators import MicroScores, Work
+from diffprune_fast.scoring.estimators import GradientHooks, MicroScores, Work
 from diffprune_fast.scoring.timesteps import quad_cells
 
 SEED = 5
@@ -144,6 +144,31 @@ def test_a_bucket_is_bound_once_for_all_micro_batches(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ScoreTable, "bind", lambda table, *a, **k: bound.append(len(table)) or bind(table, *a, **k))
     scored(timesteps=ALLOWED)
     assert bound.count(max(bound)) == 1  # the whole of the tiny model is one bucket
+
+
+def test_hooks_are_registered_once_for_all_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = []
+    register = torch.Tensor.register_post_accumulate_grad_hook
+    monkeypatch.setattr(
+        torch.Tensor,
+        "register_post_accumulate_grad_hook",
+        lambda p, hook: registered.append(id(p)) or register(p, hook),
+    )
+    scored(timesteps=ALLOWED, damage=False)
+    assert registered
+    assert len(registered) == len(set(registered))
+
+
+def test_hooks_go_with_their_owner() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    hooks = GradientHooks({"p": p})
+    told: list[str] = []
+    with hooks.calling(lambda name, _: told.append(name)):
+        p.sum().backward()
+    p.sum().backward()
+    assert told == ["p"]
+    del hooks
+    assert not p._post_accumulate_grad_hooks
 
 
 def test_no_more_than_a_bucket_of_gradients_is_held(monkeypatch: pytest.MonkeyPatch) -> None:

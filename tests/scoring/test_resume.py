@@ -164,7 +164,7 @@ def _rank_main(rank: int, ranks: int, folder: str, stop_in: int | None) -> None:
 
 def test_a_job_of_two_ranks_goes_on_after_one_was_killed_and_on_one_rank_too(tmp_path: Path, unbroken: Scores) -> None:
     context = mp.get_context("spawn")
-    ranks = [context.Process(target=_rank_main, args=(rank, 2, str(tmp_path), 44)) for rank in range(2)]
+    ranks = [context.Process(target=_rank_main, args=(rank, 2, str(tmp_path), 33)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in reversed(ranks):

@@ -7,16 +7,20 @@ import torch
 from models import Case
 from oracle import randomised
 from oracle_zoo import EXACT, compare
-from zoo import ZOO
+from zoo import MORE, TRANSFORMERS, ZOO
 
 import diffprune_fast as dpf
+
+RUNS = [
+    *[pytest.param(case, run, id=f"{case.name}-{run}") for case in ZOO for run in ("exact", "uneven", "heads")],
+    *[pytest.param(case, "uneven", id=f"{case.name}-uneven") for case in [*MORE, *TRANSFORMERS]],
+]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi asks for float32
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # PyTorch, of hooks on all modules
-@pytest.mark.parametrize("run", ["exact", "uneven", "heads"])
-@pytest.mark.parametrize("case", ZOO, ids=lambda c: c.name)
+@pytest.mark.parametrize(("case", "run"), RUNS)
 def test_oracle_sliced_zoo_model_equals_masked_dense_model(case: Case, run: str) -> None:
     torch.manual_seed(0)
     plan = dpf.trace(randomised(case.make()), case.example_inputs, units="heads" if run == "heads" else "auto")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constants import is_diagonal, varying_shape
+from ..constants import varying_shape
 from ..labels import LabelMap, LabelMaps, Labels, varying
 from ..notes import note_on, read_note
 from ..scale_folding import targets_of_elementwise
@@ -73,6 +73,8 @@ def unary(op: Operation, x: Tensor) -> Any:
 def elementwise(op: Operation, x: Tensor) -> Any:
     walk, name = op.walk, op.name
     tensors = [a for a in (*op.args, *op.kwargs.values()) if isinstance(a, Tensor)]
+    if name == "where" and len(tensors) == 1:  # the ids of what is true
+        return op.run_unknown()
     shape = _broadcast(op, tensors) if name in ("add", "sub", "mul", "div") else None
     out = op.run() if shape is None else empty_output(shape, tensors[0])
     ndim = out.dim()
@@ -83,6 +85,18 @@ def elementwise(op: Operation, x: Tensor) -> Any:
     result = x if op.func._schema.is_mutable else out
     walk.label(result, found)
     return result
+
+
+def _broadcast(op: Operation, tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """The sizes of an output whose dtype is its operands' and without values; None: it has to be run."""
+    dtype = tensors[0].dtype
+    if not dtype.is_floating_point or not any(t.is_meta for t in tensors) or op.kwargs.keys() - {"alpha"}:
+        return None
+    if any(t.dtype != dtype for t in tensors) or any(isinstance(a, complex) for a in op.args):
+        return None
+    rank = max(t.dim() for t in tensors)
+    sizes = [set(column) - {1} for column in zip(*[pad_shape(t.shape, rank) for t in tensors])]
+    return None if any(len(s) > 1 for s in sizes) else tuple([s.pop() if s else 1 for s in sizes])
 
 
 def _gives_zero(op: Operation, maps: LabelMaps, ndim: int) -> bool:
@@ -96,18 +110,6 @@ def _gives_zero(op: Operation, maps: LabelMaps, ndim: int) -> bool:
     dims = {varying(x) for x in maps}
     every = [z and x is not None and {varying(y) for y in align(x.maps, ndim)} == dims for z, x in zip(zero, operands)]
     return any(every) if name == "mul" else name in ("add", "sub") and len(every) == 2 and all(every)
-
-
-def _broadcast(op: Operation, tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """The sizes of an output whose dtype is its operands' and without values; None: it has to be run."""
-    dtype = tensors[0].dtype
-    if not dtype.is_floating_point or not any(t.is_meta for t in tensors) or op.kwargs.keys() - {"alpha"}:
-        return None
-    if any(t.dtype != dtype for t in tensors) or any(isinstance(a, complex) for a in op.args):
-        return None
-    rank = max(t.dim() for t in tensors)
-    sizes = [set(column) - {1} for column in zip(*[pad_shape(t.shape, rank) for t in tensors])]
-    return None if any(len(s) > 1 for s in sizes) else tuple([s.pop() if s else 1 for s in sizes])
 
 
 @rule("glu")
@@ -205,13 +207,4 @@ def embedding(op: Operation, weight: Tensor, labels: Labels, out: Any) -> Any:
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "full", "scalar_tensor")
 def make_constant(op: Operation, like: Any) -> Any:
     """Of an operand only dtype and device count."""
-    return op.run()
-
-
-@rule("index_put_")
-def index_put(op: Operation, x: Tensor, values: Tensor) -> Any:
-    if not is_diagonal(x):
-        return op.run_unknown()
-    for label_map in op.walk.maps(values):
-        op.walk.graph.freeze(label_map, f"is a kernel position of {op.place}")
     return op.run()

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..constants import varying_shape
+from ..constants import is_diagonal, varying_shape
 from ..labels import LabelMap, LabelMaps, Labels, compress, varying
 from ..scale_folding import targets_of_sum
 from ..walk import Walk
-from .registry import Operation, apply_rule, dims_of, each, rule, rule_of_first
+from .registry import Operation, align, apply_rule, dims_of, each, pad_shape, rule, rule_of_first
 
 aten = torch.ops.aten
 
@@ -70,6 +70,8 @@ def reshape(op: Operation, x: Tensor) -> Any:
       "repeat", "repeat_interleave", "tile", "broadcast_to", "unsqueeze_", "squeeze_", "transpose_", "t_")  # fmt: skip
 def move(op: Operation, x: Tensor) -> Any:
     """Ops that only move elements run on the labels as they are."""
+    if op.name == "repeat_interleave" and len(op.args) > 2 and isinstance(op.args[1], Tensor):
+        return _repeat_by_counts(op, *op.args[:3])
     before, labels = x.shape, op.walk.labels(x)
     out = op.run()
     if labels is None:
@@ -85,6 +87,13 @@ def move(op: Operation, x: Tensor) -> Any:
     for o, mine in zip(each(out), maps):
         op.walk.label(o, Labels(tuple(mine), labels.fold_targets, zero=labels.zero))
     return out
+
+
+def _repeat_by_counts(op: Operation, x: Tensor, repeats: Tensor, dim: int) -> Any:
+    """Every entry of a dim as often as its own count says."""
+    if repeats.is_meta:
+        return op.run_unknown()
+    return apply_rule(op.walk, aten.index_select.default, (x, dim, torch.repeat_interleave(repeats)))
 
 
 @rule("select", "unbind", "slice", "narrow")
@@ -159,6 +168,44 @@ def index(op: Operation, x: Tensor, indices: Sequence[Tensor | None]) -> Any:
     kept = [y for y in labels.maps if not any(y.shape[d] > 1 for d in picked)]
     maps = [aten.index(torch.from_numpy(np.array(y)), first).numpy() for y in kept]
     op.walk.label(out, Labels(tuple(maps), labels.fold_targets))
+    return out
+
+
+@rule("index_put_", "index_put")
+def index_put(op: Operation, x: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> Any:
+    """Entries written at ids: along every other dim they meet those that are there."""
+    walk, place = op.walk, op.place
+    if is_diagonal(x):
+        for label_map in walk.maps(values):
+            walk.graph.freeze(label_map, f"is a kernel position of {place}")
+        return op.run()
+    masked = [i for i in indices if i is not None and i.dtype == torch.bool]
+    if not walk.maps(x) or any(i.is_meta for i in masked):
+        return op.run_unknown()
+    ids = [i for a in indices for i in (a.nonzero(as_tuple=True) if a is not None and _is_mask(a) else (a,))]
+    picked = [d for d, i in enumerate(ids) if i is not None]
+    first, last = picked[0], picked[-1] + 1
+    if last - first > len(picked):
+        return op.run_unknown()
+    n = max(i.dim() for i in ids if i is not None)
+    out = walk.run(op.func, (x, ids, *op.args[2:]), op.kwargs)
+    ndim = x.dim() - len(picked) + n
+    theirs, size = align(walk.maps(values), ndim), pad_shape(varying_shape(values), ndim)
+    why = f"is picked apart by position in {place}"
+    walk.freeze_dims(x, picked, why)
+    for label_map in theirs:
+        if any(label_map.shape[d] > 1 for d in range(first, first + n)):
+            walk.graph.freeze(label_map, why)
+
+    def around(shape: Sequence[int], start: int, stop: int, ones: int) -> tuple[int, ...]:
+        return (*shape[:start], *(1,) * ones, *shape[stop:])
+
+    mine = tuple([y.reshape(around(y.shape, first, last, n)) for y in walk.maps(x) if max(y.shape[first:last]) == 1])
+    theirs = tuple([y for y in theirs if max(y.shape[first : first + n], default=1) == 1])
+    size = around(size, first, first + n, n)
+    maps = walk.graph.join(mine, around(x.shape, first, last, n), theirs, size, place)
+    kept = tuple([y.reshape(around(y.shape, first, first + n, len(picked))) for y in maps])
+    walk.label(x if op.func._schema.is_mutable else out, Labels(kept))
     return out
 
 
