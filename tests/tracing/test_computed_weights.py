@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import diffprune_fast as dpf
 from diffprune_fast.plan import sliced_shapes
+from diffprune_fast.scoring.gauss_newton import consumer_members
 from diffprune_fast.slicing import SliceError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -116,6 +117,14 @@ def test_row_of_which_only_zeros_would_stay_is_refused() -> None:
     with pytest.raises(SliceError, match=r"hidden\.parametrizations\.weight\.original0"):
         dpf.prune(model, plan, {"plain": np.arange(7)}, example_inputs=(X.float(),))
     assert model.plain.out_features == 14
+
+
+def test_damage_is_looked_for_where_weights_by_their_norm_read() -> None:
+    """And where none reads, in the gain: along a row of the direction there is no gradient."""
+    model = Net(parametrizations.weight_norm)
+    members = consumer_members(dpf.trace(model, (X.float(),)), model)
+    assert [m.place for m in members["plain"]] == ["hidden.parametrizations.weight.original1:1"]
+    assert [m.place for m in members["a"]] == ["up.parametrizations.weight.original1:0"]
 
 
 class Pair(nn.Module):
