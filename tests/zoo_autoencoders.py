@@ -252,4 +252,6 @@ MORE_AUTOENCODERS = [
         latents_mean=(0.0,) * 4,
         latents_std=(1.0,) * 4,
     ),
+    _autoencoder("AutoencoderKLWan", diffusers.AutoencoderKLWan, (3, 5, 16, 16), (4, 2, 4, 4), **_WAN),
+    _autoencoder("AutoencoderKLQwenImage", diffusers.AutoencoderKLQwenImage, (3, 1, 16, 16), (4, 1, 4, 4), **_WAN),
 ]
