@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import compensation
-from .architectures.inputs import knows_inputs
 from .choices import CompensationMode, Units
 from .footprint.promise import Promise
-from .objective.batches import replayed
-from .objective.calls import first_call
-from .pipelines.target import find_target
-from .plan.keep_sets import sliced_shapes
-from .plan.plan import Complexity, Keep, Plan
-from .promises import costs_of, keep_promises, measurable
-from .rotation.rotate import rotate_heads
-from .scoring.score import score
+from .plan.plan import Complexity
 from .scoring.scores import Scores, rehearsed_scores
-from .selection.budgets import Budget, BudgetError
-from .selection.costs import Cost
-from .selection.select import Selection, select
-from .slicing.commit import undo
-from .slicing.prune import prune
-from .tracing.trace import trace
+from .selection.budgets import BudgetError
+from .stages import Stages, by_function, keywords
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,74 +122,58 @@ def sweep(
         >>> [point.after.macs <= point.asked * found.before.macs for point in found.points]
         [True, True]
     """
-    of_select = {name: options.pop(name) for name in [*options] if name in inspect.signature(select).parameters}
-    asking: Any = lambda share, **more: {kind: share, **of_select, **more}  # noqa: E731
-    target = find_target(model, component, loader, options)
-    dense: Any = target.model
-    seen: Any = replayed(target.loader or loader)
-    training: dict[str, Any] = {"seed": seed, "scheduler": target.scheduler, "loss_fn": options.get("loss_fn")}
-    if example_inputs is None and not knows_inputs(dense):
-        example_inputs, seen = first_call(dense, seen, **training)
-    plan = trace(dense, example_inputs, units=units)
-    promised = {asked: measurable({kind: asked}) for asked in budgets}
-    costs = dict(of_select.pop("costs", {}))
-    slicing = {"example_inputs": example_inputs, "norm_groups": of_select.get("norm_groups", "count")}
-    if any(promised.values()):
-        costs = costs_of(dense, plan, promised[budgets[0]], costs, of_select.get("round_to", 8), **slicing)
+    if not budgets:
+        raise BudgetError("budgets is empty: give some shares")
+    scoring, selecting = by_function(options, also=keywords(sweep))
+    run = Stages(
+        model,
+        loader,
+        component=component,
+        budget={kind: budgets[0]},
+        norm_groups=selecting.pop("norm_groups", "count"),
+        inplace=False,
+        optimizer=None,
+        example_inputs=example_inputs,
+        compensate=compensate,
+        proof=False,
+        seed=seed,
+        scoring=scoring,
+        selecting=selecting,
+    )
+    if run.loader is None:
+        raise ValueError("a sweep compares losses: give a loader, or None with a criterion that needs data")
+    points: list[Point] = []
     missing: dict[float, str] = {}
-    for asked in budgets:
-        try:
-            select(plan, rehearsed_scores(plan), **asking(asked, costs=costs))
-        except BudgetError as e:
-            missing[asked] = str(e)
-    if len(missing) == len(budgets):
-        raise BudgetError(next(iter(missing.values()), "budgets is empty: give some shares"))
-    points, loss = [], float("nan")
-    turned = [rotate_heads(dense, plan, seen, **training).undo] if rotate else []
+    loss = float("nan")
     try:
-        scores = score(dense, seen, plan, **{**options, "seed": seed, "scheduler": target.scheduler})
+        run.trace(None, units=units)
         for asked in budgets:
-            if asked in missing:
-                continue
+            run.ask({kind: asked})
             try:
-                keep, promise = _chosen(dense, plan, scores, promised[asked], costs, asking, asked, example_inputs)
+                run.wish.select(run.plan, rehearsed_scores(run.plan))
+            except BudgetError as e:
+                missing[asked] = str(e)
+        met = [asked for asked in budgets if asked not in missing]
+        if not met:
+            raise BudgetError(next(iter(missing.values())))
+        run.ask({kind: met[0]})
+        run.rehearse()
+        if rotate:
+            run.rotate_heads()
+        run.score()
+        for asked in met:
+            run.ask({kind: asked})
+            try:
+                run.select()
             except BudgetError as e:
                 missing[asked] = str(e)
                 continue
-            result = prune(dense, plan, keep, inplace=False, example_inputs=example_inputs)
-            found = compensation.compensate(
-                result.model,
-                dense,
-                seen,
-                kept=sliced_shapes(dense, plan, keep).kept,
-                mode=compensate,
-                autocast=options.get("autocast"),
-                progress=options.get("progress", True),
-                **training,
-            )
-            best, loss = found.compensated if found.helped else found.sliced, found.dense
+            run.slice_and_compensate()
+            result = run.change.result
+            found: Any = result.compensation
+            loss, best = found.dense, found.compensated if found.helped else found.sliced
+            promise = run.promises[0] if run.promises else None
             points.append(Point(asked, result.after, found.sliced, best, promise))
     finally:
-        undo(turned)
-    return Sweep(kind, plan.complexity(), loss, tuple(points), missing, scores)
-
-
-def _chosen(
-    dense: Any,
-    plan: Plan,
-    scores: Scores,
-    promised: Sequence[Budget],
-    costs: Mapping[str, Cost],
-    asking: Any,
-    asked: float,
-    example_inputs: Any,
-) -> tuple[Keep, Promise | None]:
-    """The keep-set of a budget, with what was measured of it."""
-    if not promised:
-        return select(plan, scores, **asking(asked, costs=costs)).keep, None
-
-    def choose(now: Mapping[str, Cost]) -> Selection:
-        return select(plan, scores, **asking(asked, costs=now))
-
-    selection, promises = keep_promises(dense, plan, promised, costs, choose, example_inputs=example_inputs)
-    return selection.keep, promises[0]
+        run.undo()
+    return Sweep(kind, run.plan.complexity(), loss, tuple(points), missing, run.scores)

@@ -54,7 +54,7 @@ def _lines() -> type:
             super().set_postfix(*args, **{**options, "refresh": False})
 
         def close(self) -> None:
-            if not self.disable:  # type: ignore[has-type]
+            if not getattr(self, "disable", True):
                 self.disable = True
                 self._decr_instances(self)
 

@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 import diffprune_fast as dpf
-import diffprune_fast.method
+import diffprune_fast.stages
 from diffprune_fast import compensation
 from diffprune_fast.plain import wish
 
@@ -88,7 +88,7 @@ def test_whatever_is_raised_leaves_the_model_to_the_bit(
     model = unet()
     before = weights(model)
 
-    owner = {"score": sys.modules["diffprune_fast.method"], "select": wish, "compensate": compensation}[stage]
+    owner = {"score": sys.modules["diffprune_fast.stages"], "select": wish, "compensate": compensation}[stage]
     real, calls = getattr(owner, stage), []
 
     @wraps(real)

@@ -30,28 +30,26 @@ class Shallower:
     """A model without some of its residual blocks.
 
     model: the one to go on with; is_copy: it isn't the one that was given. budget: what is left of the budget that was
-    asked of the whole model. before: what that cost. dropped: names. scores: what each block would have cost. finish:
-    the calls after which the blocks are gone for good. All but the first three are None or empty where no block was
-    dropped.
+    asked of the whole model. before: what that cost. dropped: names. scores: what each block would have cost, where a
+    number was asked for. finish: the calls after which the blocks are gone for good.
     """
 
     model: nn.Module
     budget: Budget
-    is_copy: bool = False
-    before: Complexity | None = None
-    dropped: tuple[str, ...] = ()
-    scores: BlockScores | None = None
-
-    finish: tuple[Step, ...] = ()
+    is_copy: bool
+    before: Complexity
+    dropped: tuple[str, ...]
+    scores: BlockScores | None
+    finish: tuple[Step, ...]
 
     def told(self) -> dict[str, Any]:
         """The fields of a result that say which blocks went."""
-        return {} if self.before is None else {"before": self.before, "dropped": self.dropped, "blocks": self.scores}
+        return {"before": self.before, "dropped": self.dropped, "blocks": self.scores}
 
 
 def shallower(
     model: nn.Module,
-    blocks: int | str | Sequence[str] | None,
+    blocks: int | str | Sequence[str],
     loader: Iterable[Any] | None,
     budget: Budget,
     back: list[Step],
@@ -61,7 +59,7 @@ def shallower(
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Shallower:
-    """Drop ``blocks`` (so many of the cheapest, or names; None: none).
+    """Drop ``blocks``: so many of the cheapest, or names.
 
     back: gets the calls that put them back, before the first one goes. loader and options (``seed``, ``scheduler``, …)
     are for scoring the blocks, where a number is asked for. optimizer: the dropped parameters are to be taken out of it
@@ -69,8 +67,6 @@ def shallower(
 
     Raises DepthError for names that are no blocks, ValueError for a number that can't be had.
     """
-    if blocks is None:
-        return Shallower(model, budget)
     parse_budgets(budget)
     whole = model if inplace else copied(model)
     chosen, scores = _choose(whole, loader, blocks, example_inputs, options or {})

@@ -171,7 +171,10 @@ class _Work:
 
     def end(self) -> None:
         """Wait until all ranks are through."""
-        self.meet("ended")
+        try:
+            self.meet("ended")
+        except torch.distributed.DistNetworkError:  # the first rank, whose process keeps the store, was through and went
+            return
 
     def meet(self, where: str) -> None:
         self._told += 1

@@ -35,6 +35,7 @@ FILES = tuple(
         "checkpoint/saving.py",
         "result.py",
         "method.py",
+        "stages.py",
     )
 )
 
