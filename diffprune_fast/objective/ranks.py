@@ -173,8 +173,8 @@ class _Work:
         """Wait until all ranks are through."""
         try:
             self.meet("ended")
-        except torch.distributed.DistNetworkError:  # the first rank, whose process keeps the store, was through and went
-            return
+        except torch.distributed.DistNetworkError:
+            return  # the first rank, whose process keeps the store, was through and has gone
 
     def meet(self, where: str) -> None:
         self._told += 1
