@@ -73,6 +73,7 @@ class Trainer:
         model, bench = copy.deepcopy(self.start), self._bench
         teacher = None if way.loss == "noise" else bench.dense
         options: dict[str, Any] = {"lr": way.lr, "teacher": teacher, "loss": way.loss, "seed": self._seed}
+        options["guard"] = False  # what a loss comes to, also where it is worse
         finetune(model, bench.loader(self._seed), bench.scheduler, steps=steps, progress=False, **options)
         return model
 
