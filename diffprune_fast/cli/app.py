@@ -148,7 +148,7 @@ def command_line(context: typer.Context) -> str:
         if value is None or value == parameter.get_default(context) or (parameter.multiple and not value):
             continue
         if parameter.param_type_name == "argument":
-            words.append(str(value))
+            words += map(str, value if parameter.nargs != 1 else [value])
         elif getattr(parameter, "is_flag", False):
             words.append(parameter.opts[0])
         else:

@@ -94,6 +94,7 @@ def test_a_folder_of_images_and_a_model_become_a_recovered_model_a_report_and_a_
     helped = json.loads((out / "recovered" / "run.json").read_text())["helped"]
     assert torch.equal(recovered.conv_out.weight, from_pretrained(out / "pruned").conv_out.weight) != helped
     page = (out / "report.html").read_text()
+    assert f"diffprune-fast report {out / 'evaluations' / 'dense'} " in page
     for words in ("dense", "sliced", "compensated", "recovered", "How to load it", "How to reproduce it", "2 seeds"):
         assert words in page
     assert len(json.loads((out / "report.json").read_text())) == 4
