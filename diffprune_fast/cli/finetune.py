@@ -42,7 +42,7 @@ def finetune(
         typer.Option(help="Default: distillation with a teacher, else noise."),
     ] = None,
     component: Component = None,
-    lr: Annotated[Optional[float], typer.Option(help="Default: 2e-4, with a teacher 5e-4.")] = None,  # noqa: UP045
+    lr: Annotated[Optional[float], typer.Option(help="Default: 2e-4.")] = None,  # noqa: UP045
     warmup: Annotated[Optional[int], typer.Option(help="Steps. Default: a tenth, at most 500.")] = None,  # noqa: UP045
     schedule: Annotated[str, typer.Option(help="What follows the warmup, as diffusers names it.")] = "cosine",
     clip: Annotated[float, typer.Option(help="The gradient's largest norm.")] = 1.0,

@@ -19,8 +19,8 @@ class SecondOrder(Distillation):
     :data:`StepLoss`.
 
     J is the answer's derivative by the noisy images, v a random unit vector for each sample, and J v the difference of
-    two answers, divided by the way between them. Relative, because ||J v||^2 goes from 1 to 2,300 with the timestep (the
-    digits model): by the plain difference 19 steps undid a compensated model (docs/study.md). weight: of the squared
+    two answers, divided by the way between them. Relative, because ||J v||^2 goes from 1 to 2,300 with the timestep in
+    the digits model: by the plain difference 19 steps undid a compensated one (docs/study.md). weight: of the squared
     difference. length: that way, relative to the images' norm; half-precision answers need a longer one.
 
     Source: 2ndMatch, arXiv 2506.05398; by differences, as fused attention has no second derivatives.
