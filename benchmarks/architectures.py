@@ -152,7 +152,7 @@ def measure(case: Case, ratio: float, seeds: int, oracle: bool) -> Row:
         for run in ("exact", "uneven", "count", "heads") if oracle else ():
             units = plan if run != "heads" else dpf.trace(model, case.example_inputs, units="heads")
             for seed in range(seeds):
-                error, _ = compare(case, units, ratio, seed, run)
+                error, _ = compare(case, model, units, ratio, seed, run)
                 row.error = max(row.error, error) if not math.isnan(error) else math.inf
         if not row.exact:
             row.problem = f"not exact: {row.error:.1e}"

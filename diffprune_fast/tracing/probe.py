@@ -17,8 +17,9 @@ from ..plan.lattice import lattice, rank_units
 from ..plan.plan import Plan
 from .channels import units_of_channels
 from .grouping import build_plan
-from .records import Calls
-from .verification import VerificationError, verify_sliced
+from .records import Calls, Step
+from .steps import first_difference
+from .verification import VerificationError, unsliced_steps, verify_sliced
 from .walk import Walk
 
 Row = tuple[int, ...]  # the channels along one dim of a parameter
@@ -31,14 +32,15 @@ ROUNDS = 24
 def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     """The plan, with groups tied or frozen until uneven keep-sets of it are verified."""
     suspects: dict[Row, set[Row]] = {}
+    trials = _Trials(model, walk, calls)
     for turn in range(ROUNDS):
         keep = _uneven(plan, turn)
-        error = _try(model, walk, plan, keep, calls)
+        error = trials.error_of(plan, keep)
         if error is None:
             return plan
         groups = _concerned(walk, plan, keep, error)
         if not groups:
-            groups = _culprits(model, walk, plan, keep, calls, _shrunk_clusters(plan, keep))
+            groups = _culprits(trials, plan, keep, _shrunk_clusters(plan, keep))
         reason = f"has a width that is read elsewhere ({str(error).partition('. Its forward')[0]})"
         if not groups:
             return plan
@@ -55,14 +57,27 @@ def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     return plan
 
 
-def _try(
-    model: nn.Module, walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls
-) -> VerificationError | None:
-    try:
-        verify_sliced(model, plan, sliced_shapes(model, plan, keep), "count", calls, walk.steps)
-    except VerificationError as error:
-        return error
-    return None
+class _Trials:
+    """Keep-sets, tried on meta. same: whether a second walk of the unsliced model has shown what the first did."""
+
+    def __init__(self, model: nn.Module, walk: Walk, calls: Calls) -> None:
+        self.model, self.walk, self.calls = model, walk, calls
+        self.same = False
+
+    def error_of(self, plan: Plan, keep: Mapping[str, np.ndarray]) -> VerificationError | None:
+        def unsliced() -> Sequence[Step]:
+            if self.same:
+                return self.walk.steps
+            steps = unsliced_steps(self.model, plan, "count", self.calls)
+            self.same = first_difference(self.walk.steps, steps) is None
+            return steps
+
+        sliced = sliced_shapes(self.model, plan, keep)
+        try:
+            verify_sliced(self.model, plan, sliced, "count", self.calls, self.walk.steps, unsliced)
+        except VerificationError as error:
+            return error
+        return None
 
 
 def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
@@ -87,21 +102,16 @@ def _concerned(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: Ve
 
 
 def _culprits(
-    model: nn.Module,
-    walk: Walk,
-    plan: Plan,
-    keep: Mapping[str, np.ndarray],
-    calls: Calls,
-    clusters: Sequence[Sequence[str]],
+    trials: _Trials, plan: Plan, keep: Mapping[str, np.ndarray], clusters: Sequence[Sequence[str]]
 ) -> list[str]:
     """The clusters of groups that fail on their own, by halving: for failures that name no channel."""
     part = {n: keep[n] for names in clusters for n in names}
-    if not part or _try(model, walk, plan, part, calls) is None:
+    if not part or trials.error_of(plan, part) is None:
         return []
     if len(clusters) == 1:
         return list(clusters[0])
     half = len(clusters) // 2
-    found = [_culprits(model, walk, plan, keep, calls, side) for side in (clusters[:half], clusters[half:])]
+    found = [_culprits(trials, plan, keep, side) for side in (clusters[:half], clusters[half:])]
     return [*found[0], *found[1]]
 
 

@@ -1,4 +1,4 @@
-"""Every architecture of the zoo: the sliced model equals the masked dense model, in float64 to 1e-9, and its page is true."""
+"""Every architecture: the sliced model equals the masked dense model, in float64 to 1e-9, and its row is true."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from documented import PAGE, writer
 from models import CASES
 from oracle import randomised
 from oracle_zoo import EXACT, compare
+from torch import nn
 from zoo import MORE, TRANSFORMERS, ZOO
 
 import diffprune_fast as dpf
+from diffprune_fast.choices import Units
 
 ALL = {case.name: case for case in [*CASES, *ZOO, *MORE, *TRANSFORMERS]}
 PAIRS = {
@@ -26,9 +28,10 @@ RUNS = [pytest.param(name, run, id=f"{name}-{run}") for name, runs in PAIRS.item
 
 
 @lru_cache(maxsize=1)
-def traced(name: str, units: dpf.choices.Units) -> dpf.Plan:
+def traced(name: str, units: Units) -> tuple[nn.Module, dpf.Plan]:
     torch.manual_seed(0)
-    return dpf.trace(randomised(ALL[name].make()), ALL[name].example_inputs, units=units)
+    model = randomised(ALL[name].make())
+    return model, dpf.trace(model, ALL[name].example_inputs, units=units)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -37,13 +40,13 @@ def traced(name: str, units: dpf.choices.Units) -> dpf.Plan:
 @pytest.mark.parametrize(("name", "run"), RUNS)
 def test_oracle_of_the_zoo(name: str, run: str) -> None:
     """A "row" is the page's; the other runs are of keep-sets: the sliced model equals the masked dense model."""
-    plan = traced(name, "heads" if run == "heads" else "auto")
+    model, plan = traced(name, "heads" if run == "heads" else "auto")
     if run == "row":
         row = writer.Row(name, trace_seconds=0.0)
         writer.describe(row, plan, 0.3)
         written = writer.without_times(PAGE.read_text(encoding="utf-8")).splitlines()
         assert writer.without_times(writer.line_of(row)) in written, f"run {writer.__file__} --write {PAGE}"
         return
-    error, left = compare(ALL[name], plan, 0.3, 0, run)
+    error, left = compare(ALL[name], model, plan, 0.3, 0, run)
     assert error <= EXACT, f"sliced and masked model differ by {error:.2e} of the output's scale"
     assert left < 0.95
