@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
+from processes import new_process, run_ranks
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
@@ -156,7 +156,7 @@ def killed(config: str, place: str) -> None:
 def test_killed_at_three_places_it_ends_with_the_same_result(inputs, unbroken, tmp_path):
     config = one_line(inputs, tmp_path / "out")
     for place in ("prune", "finetune", "report"):
-        process = mp.get_context("spawn").Process(target=killed, args=(str(config), place))
+        process = new_process(killed, str(config), place)
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, place
@@ -262,7 +262,7 @@ def test_several_processes_make_the_images_of_one(inputs, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(sampled_by, (2, port, words("two")), nprocs=2, start_method="spawn")
+    run_ranks(sampled_by, 2, port, words("two"))
     run(*words("one"))
     names = sorted(p.name for p in (tmp_path / "one").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "two").iterdir())
