@@ -12,14 +12,24 @@ from oracle import randomised
 from oracle_zoo import EXACT, compare
 from torch import nn
 from zoo import MORE, TRANSFORMERS, ZOO
+from zoo_image_transformers import IMAGE_TRANSFORMERS
+from zoo_language import LANGUAGE_CASES
+from zoo_video_transformers import VIDEO_TRANSFORMERS
 
 import diffprune_fast as dpf
 from diffprune_fast.choices import Units
 
 ALL = {case.name: case for case in [*CASES, *ZOO, *MORE, *TRANSFORMERS]}
+WITHOUT_GROUP_NORMS = [
+    case
+    for case in [*IMAGE_TRANSFORMERS, *VIDEO_TRANSFORMERS, *LANGUAGE_CASES]
+    if not case.name.startswith("Transformer2DModel")
+]
 PAIRS = {
     **{case.name: ("row",) for case in CASES},  # tests/slicing/test_oracle.py has their keep-sets
     **{case.name: ("row", "exact", "uneven", "heads") for case in ZOO},
+    # Without a GroupNorm "exact" and "count" are the same, and even keep-sets show less.
+    **{case.name: ("row", "uneven", "heads") for case in WITHOUT_GROUP_NORMS},
     # The heads of AutoencoderDC span several groups of a convolution.
     **{c.name: ("row", "uneven", *["heads"] * c.name.startswith("AutoencoderDC")) for c in [*MORE, *TRANSFORMERS]},
 }
