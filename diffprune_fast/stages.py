@@ -31,6 +31,7 @@ from .rotation.rotate import Rotation, rotate_heads
 from .scoring.criteria import CRITERIA
 from .scoring.score import score
 from .scoring.scores import rehearsed_scores
+from .selection.budgets import Budget as OneBudget
 from .selection.costs import Cost
 from .selection.select import Selection, select
 from .sensitivity.measure import measure_sensitivities
@@ -64,7 +65,7 @@ class Stages:
         selecting: dict[str, Any],
     ) -> None:
         """As :func:`score_and_prune`; scoring, selecting: further options of ``score`` and ``select``."""
-        self.budget, self.promised = budget, measurable(budget)
+        self.budget = budget
         self.inplace, self.optimizer, self.norm_groups = inplace, optimizer, norm_groups
         self.mode, self.seed = compensate, seed
         self.scoring, self.selecting = scoring, selecting
@@ -91,6 +92,11 @@ class Stages:
         self.rotation: Rotation | None = None
         self.seconds: dict[str, float] = {}
         self._back = gradients_as_now()  # what gives everything back as it was, until the commit begins
+
+    @property
+    def promised(self) -> tuple[OneBudget, ...]:
+        """What of the budget is measured on the device."""
+        return measurable(self.budget)
 
     def drop_blocks(self, which: int | str | Sequence[str], plan: Plan | None) -> None:
         """Takes whole residual blocks out; what the budget asks for is of the model with them."""
@@ -128,7 +134,7 @@ class Stages:
 
     def ask(self, budget: Budget, *, like: Any = None, layout: Layouts = "free") -> None:
         """Says what the result is to be: the best under a budget, or a config's."""
-        self.budget, self.promised = budget, measurable(budget)
+        self.budget = budget
         self.wish = wish_for(
             self.dense,
             like=like,

@@ -234,12 +234,8 @@ def _finetune(
         }
         look = None
         if guard and can_look_twice(loader):
-            own = callable(loss) or loss_fn is not None
-            look = Guard(
-                *(model, as_loader(loader), lambda b: check_batch(unwrapped(model), b, loss_fn), objective),
-                *(minimised, autocast, seed),
-                differentiates=own,
-            )
+            door, own = _door(model, loss_fn), callable(loss) or loss_fn is not None
+            look = Guard(model, as_loader(loader), door, objective, minimised, autocast, seed, differentiates=own)
         before = None if look is None else look.loss()
         meet()  # accelerate waits without looking for news
         step_loss, prepared = accelerator.prepare(Step(model, minimised, autocast), optimizer)

@@ -180,25 +180,11 @@ def score(
             elif estimator.startswith("reference"):
                 found = _reference(work, estimator, reading, rule, variant, limit, asked, state)
             else:
-                found = _sampled(
-                    work,
-                    table,
-                    estimator,
-                    rule,
-                    limit,
-                    asked,
-                    state,
-                    micro_batch=micro_batch,
-                    min_samples=least,
-                    max_samples=max_samples,
-                    agreement=agreement,
-                    agreement_ratio=agreement_ratio,
-                )
+                sizes = {"micro_batch": micro_batch, "min_samples": least, "max_samples": max_samples}
+                agreed = {"agreement": agreement, "agreement_ratio": agreement_ratio}
+                found = _sampled(work, table, estimator, rule, limit, asked, state, **sizes, **agreed)
             if damage:
-                every = np.arange(objective.n_timesteps) if asked is None else asked
-                most = min(SAMPLES, max_samples)
-                sizes = {"micro_batch": micro_batch, "samples": most}
-                found["damage"] = estimated_damage(work, allowed=every, **sizes, state=state)
+                found["damage"] = _damage(work, asked, state, micro_batch, max_samples)
     return Scores(
         estimator=estimator if rule.needs_data else "none",
         criterion=criterion,
@@ -208,6 +194,15 @@ def score(
         seconds=time.perf_counter() - begin,
         **found,
     )
+
+
+def _damage(
+    work: Work, asked: np.ndarray | None, state: State, micro_batch: int, max_samples: int
+) -> np.ndarray | None:
+    """What the output loses with each unit, at all timesteps or those that were asked for."""
+    every = np.arange(work.objective.n_timesteps) if asked is None else asked
+    samples = min(SAMPLES, max_samples)
+    return estimated_damage(work, allowed=every, micro_batch=micro_batch, samples=samples, state=state)
 
 
 def _sampled(
