@@ -32,15 +32,14 @@ ROUNDS = 24
 def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     """The plan, with groups tied or frozen until uneven keep-sets of it are verified."""
     suspects: dict[Row, set[Row]] = {}
-    trials = _Trials(model, walk, calls)
     for turn in range(ROUNDS):
         keep = _uneven(plan, turn)
-        error = trials.error_of(plan, keep)
+        error = _try(model, walk, plan, keep, calls)
         if error is None:
             return plan
         groups = _concerned(walk, plan, keep, error)
         if not groups:
-            groups = _culprits(trials, plan, keep, _shrunk_clusters(plan, keep))
+            groups = _culprits(model, walk, plan, keep, calls, _shrunk_clusters(plan, keep))
         reason = f"has a width that is read elsewhere ({str(error).partition('. Its forward')[0]})"
         if not groups:
             return plan
@@ -57,27 +56,22 @@ def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     return plan
 
 
-class _Trials:
-    """Keep-sets, tried on meta. same: whether a second walk of the unsliced model has shown what the first did."""
+def _try(
+    model: nn.Module, walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls
+) -> VerificationError | None:
+    def unsliced() -> Sequence[Step]:
+        """Walked a second time; once that has shown nothing new, no more."""
+        if walk.repeats:
+            return walk.steps
+        steps = unsliced_steps(model, plan, "count", calls)
+        walk.repeats = first_difference(walk.steps, steps) is None
+        return steps
 
-    def __init__(self, model: nn.Module, walk: Walk, calls: Calls) -> None:
-        self.model, self.walk, self.calls = model, walk, calls
-        self.same = False
-
-    def error_of(self, plan: Plan, keep: Mapping[str, np.ndarray]) -> VerificationError | None:
-        def unsliced() -> Sequence[Step]:
-            if self.same:
-                return self.walk.steps
-            steps = unsliced_steps(self.model, plan, "count", self.calls)
-            self.same = first_difference(self.walk.steps, steps) is None
-            return steps
-
-        sliced = sliced_shapes(self.model, plan, keep)
-        try:
-            verify_sliced(self.model, plan, sliced, "count", self.calls, self.walk.steps, unsliced)
-        except VerificationError as error:
-            return error
-        return None
+    try:
+        verify_sliced(model, plan, sliced_shapes(model, plan, keep), "count", calls, walk.steps, unsliced)
+    except VerificationError as error:
+        return error
+    return None
 
 
 def _uneven(plan: Plan, turn: int) -> dict[str, np.ndarray]:
@@ -102,16 +96,21 @@ def _concerned(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: Ve
 
 
 def _culprits(
-    trials: _Trials, plan: Plan, keep: Mapping[str, np.ndarray], clusters: Sequence[Sequence[str]]
+    model: nn.Module,
+    walk: Walk,
+    plan: Plan,
+    keep: Mapping[str, np.ndarray],
+    calls: Calls,
+    clusters: Sequence[Sequence[str]],
 ) -> list[str]:
     """The clusters of groups that fail on their own, by halving: for failures that name no channel."""
     part = {n: keep[n] for names in clusters for n in names}
-    if not part or trials.error_of(plan, part) is None:
+    if not part or _try(model, walk, plan, part, calls) is None:
         return []
     if len(clusters) == 1:
         return list(clusters[0])
     half = len(clusters) // 2
-    found = [_culprits(trials, plan, keep, side) for side in (clusters[:half], clusters[half:])]
+    found = [_culprits(model, walk, plan, keep, calls, side) for side in (clusters[:half], clusters[half:])]
     return [*found[0], *found[1]]
 
 

@@ -43,6 +43,7 @@ class Walk:
         self.gains: dict[str, str] = {}  # what holds the norms of another parameter's rows, and which
         self.read: set[str] = set()  # parameters that anything else has read
         self.statistics = 0
+        self.repeats = False  # another walk of the model is known to take the same steps
         self.attributes: dict[tuple[str, str], LabelMap] = {}
         self.scale_attributes: dict[tuple[str, str], LabelMap] = {}
         self.attended: list[Attended] = []
