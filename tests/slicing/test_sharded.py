@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_ranks
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import diffprune_fast as dpf
@@ -74,7 +74,7 @@ def _rank_main(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder: Path = tmp_path_factory.mktemp("sharded")
-    run_ranks(_rank_main, str(folder))
+    mp.start_processes(_rank_main, (str(folder),), nprocs=2, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
