@@ -13,6 +13,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 import diffprune_fast as dpf
+from diffprune_fast.objective.shards import borrowed_shards
 from diffprune_fast.scoring.scores import Scores
 
 SCORING: dict[str, dict[str, Any]] = {
@@ -61,6 +62,22 @@ def scored(model: Any, plan: dpf.Plan, how: str, **more: Any) -> Scores:
     return dpf.score(model, None if how == "magnitude" else batches(), plan, **options)
 
 
+def broken_off(model: Any) -> bool:
+    """Whether a model is as it was after a forward that raised half-way."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError("half-way")
+
+    images, t = batches()[0], torch.zeros(16, dtype=torch.long)
+    before = model(images, t).sample.detach()
+    handle = model.up_blocks[0].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError), borrowed_shards(model, ("conv_in.weight",)):
+        model(images, t)
+    handle.remove()
+    shards = all(hasattr(p, "placements") for p in model.parameters())
+    return shards and torch.allclose(model(images, t).sample, before, atol=1e-5)
+
+
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -79,6 +96,7 @@ def rank_main(rank: int, folder: str) -> None:
         "gradients": frozen.grad is mine and all(p.grad is None for p in model.parameters() if p is not frozen),
         "mode": all(m.training for m in model.modules()),
     }
+    kept["broken off"] = broken_off(model)
     scored(model, plan, "micro", checkpoint=f"{folder}/state", damage=False)
     said = {}
     for name, more in {"reference": {"estimator": "reference"}, "nan": {}}.items():
@@ -142,13 +160,18 @@ def test_copies_of_a_shard_count_once(found: Any) -> None:
 
 def test_it_is_left_as_it_was(found: Any) -> None:
     for *_, kept, _ in found:
-        assert all(kept.values()), kept
+        assert all(kept[what] for what in ("shards", "frozen", "gradients", "mode")), kept
 
 
 def test_its_scoring_is_gone_on_with_on_a_whole_model(found: Any, folder: Path, plan: dpf.Plan) -> None:
     state = folder / "state"
     known = scored(unet(), plan, "micro", checkpoint=state, damage=False)
     np.testing.assert_allclose(known.values, found[0][1]["micro"][0], rtol=1e-12)
+
+
+def test_a_forward_that_was_broken_off_leaves_no_trace(found: Any) -> None:
+    for *_, kept, _ in found:
+        assert kept["broken off"]
 
 
 def test_what_needs_whole_weights_is_refused(found: Any) -> None:
