@@ -194,6 +194,8 @@ def skeleton(model: nn.Module) -> nn.Module:
     reshard(model)
     memo: dict[int, Any] = {id(p): nn.Parameter(hollow(p), requires_grad=p.requires_grad) for p in model.parameters()}
     for module in model.modules():
+        computed = [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
+        memo |= {id(v): v.detach().clone() for v in computed}  # by the last forward; these can't be copied
         kind = type(module)
         if id(module) in sharded:
             kind = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]
