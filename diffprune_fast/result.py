@@ -19,6 +19,8 @@ from .checkpoint.saving import save
 from .compensation.compensate import Compensation
 from .footprint.promise import Promise
 from .objective.isolation import unwrapped
+from .objective.ranks import rank_and_count
+from .objective.shards import fsdp_modules
 from .plan.plan import Complexity, Plan, unreached
 from .pruned.record import attach_record, is_settable, record_of
 from .report.card import CARD, TAG, facts_of, write_card
@@ -95,7 +97,7 @@ class PruneResult:
         """
         if self.pipeline is None:
             save(self.model, directory)
-            return _card(directory)
+            return None if fsdp_modules(self.model) and rank_and_count()[0] else _card(directory)
         assert self.component is not None
         held = self.pipeline.components.get(self.component)
         if held is None or unwrapped(held) is not self.model:

@@ -18,6 +18,7 @@ from .choices import CompensationMode, Layouts, NormGroups, Units
 from .depth.shallower import Budget, Shallower, shallower
 from .objective.batches import replayed
 from .objective.calls import first_call
+from .objective.checks import check_whole
 from .ops.slice_channels import Step
 from .pipelines.encoding import example_call
 from .pipelines.target import are_prompts, find_target, own_loader
@@ -77,6 +78,7 @@ class Stages:
             loader = self.own = found
         self.target = find_target(model, component, loader, {**scoring, **selecting})
         self.dense = self.target.model
+        check_whole(self.dense)
         check_optimizer(self.dense, optimizer, inplace)
         scoring["scheduler"] = self.target.scheduler
         self.training = {"seed": seed, "scheduler": self.target.scheduler, "loss_fn": scoring.get("loss_fn")}

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..architectures.attached import adapters
 from ..architectures.configs import build_on_meta, own_config, shapes_of
+from ..objective.shards import fsdp_modules, whole_model
 from ..pruned.kept_columns import kept_columns
 from ..pruned.passthrough import dropped_blocks
 from ..pruned.record import changed_since, record_of
@@ -53,7 +54,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     A save that breaks off, at whatever moment, leaves the former checkpoint or the new one.
 
     Args:
-        model: a model that was pruned, or had blocks dropped: it carries its record.
+        model: a model that was pruned, or had blocks dropped: it carries its record. One that FSDP2 has sharded is
+            gathered for it in the first rank's memory: all ranks call this, the first one writes.
         directory: where ``config.json`` (of a diffusers model), ``diffprune.json`` and the safetensors go.
 
     Returns:
@@ -74,7 +76,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ...     sorted(path.name for path in Path(directory).iterdir())
         ['diffprune.json', 'diffprune_model.safetensors']
     """
-    _write(model, record_of(model).about, Path(directory))
+    gathered = whole_model(model)
+    if gathered is not None:
+        _write(gathered, record_of(gathered).about, Path(directory))
 
 
 class SaveAsPruned:
@@ -94,7 +98,7 @@ class SaveAsPruned:
             return
         if wanted:
             raise ValueError(f"a pruned {type(self.model).__name__} is saved as one safetensors file, without {wanted}")
-        if is_main_process:
+        if is_main_process or fsdp_modules(self.model):
             save(self.model, save_directory)
 
 

@@ -15,7 +15,7 @@ _FLAT = "lies with others in one piece of memory, for cuDNN: trace the model bef
 
 
 def refuse_model(model: nn.Module) -> None:
-    """Raises TraceError for scripted modules and for parameters made of other tensors (DTensor, quantised)."""
+    """Raises TraceError for scripted modules and for parameters made of other tensors (a DTensor, quantised)."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(
@@ -25,9 +25,8 @@ def refuse_model(model: nn.Module) -> None:
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if is_traceable_wrapper_subclass(t):
             raise TraceError(
-                f"{name} is a {type(t.data).__name__}, a tensor made of others (sharded by FSDP2 or tensor "
-                "parallelism, or quantised), which can't be sliced: prune the model first and shard or quantise the "
-                "smaller one"
+                f"{name} is a {type(t.data).__name__}, a tensor made of others (spread by tensor parallelism, or "
+                "quantised), which can't be sliced: prune the model first and spread or quantise the smaller one"
             )
 
 
