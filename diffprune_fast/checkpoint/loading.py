@@ -21,7 +21,7 @@ from ..pruned.passthrough import drop_again
 from ..pruned.record import Record, attach_record, from_json, is_settable
 from .building import MOST_MODULES, at_most_modules, check_finite, check_positions, numbers_in
 from .errors import CheckpointError
-from .hub import folder_of
+from .hub import INDEX, folder_of
 from .manifest import (
     BUFFERS,
     CONFIG,
@@ -109,7 +109,7 @@ def _align(model: nn.Module) -> None:
 
 
 def _loaded(directory: Path, model: nn.Module | None, verify: bool) -> nn.Module:
-    if (directory / "model_index.json").exists():
+    if (directory / INDEX).exists():
         raise CheckpointError(f"{directory} is a whole pipeline: load it with pipeline_from_pretrained")
     manifest = read_manifest(directory)
     state = _read_tensors(directory, weights_file(manifest), manifest, verify)
