@@ -86,15 +86,22 @@ class PruneResult:
     pipeline: Any = None
     component: str | None = None
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
         """Write safetensors, ``config.json`` and ``diffprune.json`` into ``directory``; the whole pipeline, if one was
-        given.
+        given. variant: a part of the weights' names (``"fp16"``). max_shard_size: the most bytes of one file of them.
 
         Raises ValueError where the pipeline doesn't have the pruned component any more; CheckpointError for a model
         without memory or with state that isn't tensors; OSError from the disk.
         """
+        how: Any = {"variant": variant, "max_shard_size": max_shard_size}
         if self.pipeline is None:
-            save(self.model, directory)
+            save(self.model, directory, **how)
             return _card(directory)
         assert self.component is not None
         held = self.pipeline.components.get(self.component)
@@ -103,21 +110,31 @@ class PruneResult:
                 f"the pipeline's {self.component} is not the pruned one any more: put result.model back, or save what "
                 "there is with the pipeline's own save_pretrained"
             )
-        self.pipeline.save_pretrained(directory)
+        self.pipeline.save_pretrained(directory, **how)
         _card(directory)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> str:
         """Save into a repository of the Hugging Face hub, which is made if need be; gives the commit's address.
 
-        Raises what :meth:`save_pretrained` raises, and the hub's errors.
+        The last two are those of :meth:`save_pretrained`. Raises what that raises, and the hub's errors.
         """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
+            self.save_pretrained(directory, variant=variant, max_shard_size=max_shard_size)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="A pruned model"))
+            message = commit_message or f"{type(self.model).__name__}, pruned"
+            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=message))
 
     def report(self, path: str | os.PathLike[str], *, title: str = "") -> Path:
         """Write a page of what is known without further measuring: budget, losses before and after compensation, what

@@ -14,7 +14,7 @@ from ..checkpoint.building import at_most_modules
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.hub import INDEX, folder_of
 from ..checkpoint.loading import from_pretrained
-from ..checkpoint.manifest import CONFIG, MANIFEST
+from ..checkpoint.manifest import CONFIG, MANIFEST, check_variant, of_variant
 from ..checkpoint.reading import check_folder, check_harmless, read_json
 from ..checkpoint.replacing import place_of
 from ..objective.loss import dtype_of
@@ -51,6 +51,7 @@ def pipeline_from_pretrained(
 
     Raises:
         CheckpointError: the folder is no pipeline, is incomplete, or asks for code that isn't installed.
+        ValueError: a variant that no file can be named by.
 
     Example:
         >>> import tempfile
@@ -66,6 +67,7 @@ def pipeline_from_pretrained(
         >>> type(loaded).__name__, loaded.unet.num_parameters() == result.after.params
         ('DDPMPipeline', True)
     """
+    check_variant(variant)
     directory = folder_of(directory, subfolder, revision, variant, pipelines=True)
     index = read_index(directory)
     check_folder(directory)
@@ -103,8 +105,9 @@ CONFIGS = "*config*.json"
 def _load(directory: Path, name: str, cls: Any, dtype: torch.dtype, verify: bool, variant: str | None) -> Any:
     """A component of a pipeline; its class loads it, and gets no chance to look anywhere else."""
     folder = component_folder(directory, name, cls)
-    if place_of(folder, MANIFEST).is_file():
-        model = from_pretrained(folder, verify=verify)
+    pruned_as = variant if place_of(folder, of_variant(MANIFEST, variant)).is_file() else None
+    if place_of(folder, of_variant(MANIFEST, pruned_as)).is_file():
+        model = from_pretrained(folder, verify=verify, variant=pruned_as)
         if not isinstance(model, cls):
             raise CheckpointError(f"{folder} holds a {type(model).__name__}, {INDEX} says {cls.__name__}")
         return model if dtype_of(model) == dtype else model.to(dtype)
