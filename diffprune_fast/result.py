@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from .checkpoint.manifest import pack_runs
-from .checkpoint.saving import save
+from .checkpoint.saving import files_of, save
 from .compensation.compensate import Compensation
 from .footprint.promise import Promise
 from .objective.isolation import unwrapped
@@ -125,7 +125,8 @@ class PruneResult:
     ) -> str:
         """Save into a repository of the Hugging Face hub, which is made if need be; gives the commit's address.
 
-        The last two are those of :meth:`save_pretrained`. Raises what that raises, and the hub's errors.
+        A former upload's shards and lists of them go. The last two arguments are those of :meth:`save_pretrained`. Raises
+        what that raises, and the hub's errors.
         """
         from huggingface_hub import HfApi
 
@@ -133,8 +134,13 @@ class PruneResult:
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, variant=variant, max_shard_size=max_shard_size)
             api.create_repo(repo_id, private=private, exist_ok=True)
+            of_before = [f"{self.component}/{p}" if self.component else p for p in files_of(variant).patterns]
             message = commit_message or f"{type(self.model).__name__}, pruned"
-            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=message))
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=directory, commit_message=message, delete_patterns=of_before
+                )
+            )
 
     def report(self, path: str | os.PathLike[str], *, title: str = "") -> Path:
         """Write a page of what is known without further measuring: budget, losses before and after compensation, what

@@ -40,6 +40,11 @@ class FileSet:
     last: tuple[str, ...]
     others: tuple[str, ...] = ()
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Of all that is of this set alone."""
+        return (self.first, *self.last, *self.others)
+
 
 def replace_files(directory: Path, files: FileSet, write: Callable[[Path], None]) -> None:
     """Replace the set in ``directory``, which is made if need be, by what ``write(folder)`` makes of it.
