@@ -125,8 +125,8 @@ class PruneResult:
     ) -> str:
         """Save into a repository of the Hugging Face hub, which is made if need be; gives the commit's address.
 
-        A former upload's shards and lists of them go. The last two arguments are those of :meth:`save_pretrained`. Raises
-        what that raises, and the hub's errors.
+        A former upload's shards and lists of them go. variant, max_shard_size: see :meth:`save_pretrained`.
+        Raises what that raises, and the hub's errors.
         """
         from huggingface_hub import HfApi
 
