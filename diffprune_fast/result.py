@@ -25,6 +25,7 @@ from .report.card import CARD, TAG, facts_of, write_card
 from .report.figures import kept_channels, loss_curve
 from .report.page import write_report
 from .report.table import Measured
+from .report.whole import kept_whole
 from .rotation.rotate import Rotation
 from .scoring.scores import BlockScores, Scores
 from .selection.select import Selection
@@ -155,11 +156,12 @@ class PruneResult:
             Measured("original", *self._cost(self.before), stages={"": {"loss": solved.dense}} if solved else {}),
             Measured("pruned", *self._cost(self.after), stages={stage: {"loss": loss} for stage, loss in losses}),
         ]
+        whole = kept_whole(self.plan, self.keep)
         figures = {"Kept channels": (kept_channels(self.plan, self.keep), "Each bar is a group, and what stays of it.")}
         if self.scores is not None and self.scores.curve is not None:
             about = "Channels are scored at the timesteps whose loss is above the threshold."
             figures["Which timesteps count"] = (loss_curve(self.scores.curve), about)
-        return write_report(Path(path), rows, figures, title=title or f"{name}, pruned", result=self)
+        return write_report(Path(path), rows, figures, title=title or f"{name}, pruned", result=self, whole=whole)
 
     @staticmethod
     def _cost(of: Complexity) -> tuple[int, int]:
