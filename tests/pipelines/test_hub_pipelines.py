@@ -104,7 +104,7 @@ def test_a_hostile_repository_is_refused_as_its_folder_is(
 
 @pytest.fixture
 def flat(repositories: dict[str, Path], tmp_path: Path) -> Path:
-    """As google/ddpm-cifar10-32 is: a model, its scheduler and the index in one folder."""
+    """A model, its scheduler and the index in one folder, as older repositories have them."""
     folder = tmp_path / "flat"
     made("ddpm").save_pretrained(folder)
     for path in [*folder.glob("unet/*"), *folder.glob("scheduler/*")]:
