@@ -14,7 +14,9 @@ INDEX = "model_index.json"  # of a pipeline
 # "user/repo"; whatever else is a path.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # All that a checkpoint has; no code, no pickles. Vocabularies are text, or what sentencepiece reads.
-_OF_COMPONENTS = ("*.txt", "*.model")
+_OF_MODELS = ("config.json", "diffprune.json", "diffprune.*.json", "diffusion_pytorch_model.safetensors.index*.json")
+_BESIDE_MODELS = (INDEX, "scheduler_config.json", "scheduler/scheduler_config.json")
+_OF_COMPONENTS = ("*.json", "*.txt", "*.model")
 _WEIGHTS = ("diffusion_pytorch_model", "diffprune_model", "diffprune_buffers", "model")
 
 
@@ -43,7 +45,8 @@ def folder_of(
 def _fetched(repository: str, top: str, revision: str | None, variant: str | None, pipelines: bool) -> Path:
     parts = _components(_snapshot(repository, revision, [top + INDEX]), top) if pipelines else []
     folders = [top, *(f"{top}{name}/" for name in parts)]
-    wanted = [f"{top}*.json", *(folder + pattern for folder in folders[1:] for pattern in _OF_COMPONENTS)]
+    wanted = [top + name for name in (*_OF_MODELS, *_BESIDE_MODELS)]
+    wanted += [folder + pattern for folder in folders[1:] for pattern in _OF_COMPONENTS]
     found = _snapshot(repository, revision, wanted + _weights(folders, variant))
     if variant is not None:
         without = [folder for folder in folders if not any((found / folder).glob("*.safetensors"))]

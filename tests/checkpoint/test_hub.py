@@ -35,7 +35,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_name_on_the_hub_is_fetched_without_code_pickles_or_other_weights(hub):
     assert from_pretrained("user/repo", dense(), revision="v1")[0].out_features == 8
     assert hub.asked == [("user/repo", "v1")]
-    assert hub.fetched("user/repo") == {"diffprune.json", "unet/diffprune.json", "diffprune_model.safetensors"}
+    assert hub.fetched("user/repo") == {"diffprune.json", "diffprune_model.safetensors"}
     assert from_pretrained("user/repo", dense(), subfolder="unet")[0].out_features == 8
     assert hub.asked[1:] == [("user/repo", None)]
     assert "unet/diffprune_model.safetensors" in hub.fetched("user/repo")

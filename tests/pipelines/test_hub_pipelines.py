@@ -27,6 +27,8 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (folder / "text" / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     shutil.copy(folder / "text" / "vae" / "diffusion_pytorch_model.safetensors", folder / "text" / "whole.safetensors")
     (folder / "text" / "unet" / "pipeline.py").write_text("raise SystemExit")
+    (folder / "text" / "lora").mkdir()
+    (folder / "text" / "lora" / "adapter_config.json").write_text("{}")  # which a folder would be refused for
     (folder / "text" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"")
     pipe = made("ddpm")
     dpf.score_and_prune(pipe, None, criterion="magnitude", ratio=0.3).save_pretrained(folder / "pruned")
@@ -51,6 +53,7 @@ def test_a_pipelines_components_are_fetched_and_nothing_beside_them(hub: Hub) ->
         "vae/diffusion_pytorch_model.safetensors",
     }
     assert {Path(name).suffix for name in fetched} <= {".json", ".safetensors", ".txt"}
+    assert not [name for name in fetched if name.startswith("lora/")]
 
 
 def test_a_variant_is_fetched_and_loaded_where_a_component_has_it(hub: Hub) -> None:
@@ -63,8 +66,9 @@ def test_a_variant_is_fetched_and_loaded_where_a_component_has_it(hub: Hub) -> N
     }
 
 
-def test_a_variant_of_a_folder_is_loaded(repositories: dict[str, Path]) -> None:
-    assert dpf.pipeline_from_pretrained(repositories["text"], variant="fp16").unet.conv_in.bias.min() == 2
+def test_a_variant_of_a_folder_is_loaded(repositories: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(repositories["text"], tmp_path / "text", ignore=shutil.ignore_patterns("lora"))
+    assert dpf.pipeline_from_pretrained(tmp_path / "text", variant="fp16").unet.conv_in.bias.min() == 2
 
 
 def test_a_pruned_pipeline_comes_from_the_hub_and_from_a_subfolder_there(hub: Hub) -> None:
