@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, FirstBlockCacheConfig, UNet2DModel
 from PIL import Image
+from tiny_pipelines import made as made_pipe
 from torch import Tensor, nn
 from typer.testing import CliRunner
 from zoo import ZOO
@@ -143,3 +144,24 @@ def test_the_command_line_samples_and_evaluates_with_a_cache(tmp_path: Any) -> N
     run("evaluate", tmp_path / "model", *common, "--batch-sizes", 1, "--out", tmp_path / "found")
     text = (tmp_path / "found" / "evaluation.json").read_text()
     assert json.loads(text)["figures"]["MSE"]["mean"] > 0  # the dense model's own samples are made without a cache
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_pipelines_transformer_leaves_out_attentions_and_batches_of_other_sizes_follow(
+    tmp_path: Any, kind: str
+) -> None:
+    """Both count time from 1 to 0; SD3's class has no caches of its own."""
+    made_pipe(kind).save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+
+    def pixels(name: str, n: int, *options: Any) -> np.ndarray:
+        words = ["sample", tmp_path / "pipe", "--n", n, "--steps", 6, "--batch-size", 2, "--out", tmp_path / name]
+        words += ["--prompts", tmp_path / "prompts.txt", *options]
+        done = CliRunner().invoke(app, [str(w) for w in words])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return np.asarray(Image.open(tmp_path / name / "00000.png")).astype(int)
+
+    dense = pixels("dense", 2)
+    cached_one = pixels("cached", 2, "--cache", "pyramid-attention")
+    assert not np.array_equal(cached_one, dense)
+    assert np.abs(pixels("more", 3, "--cache", "pyramid-attention") - cached_one).max() <= 1
