@@ -147,9 +147,7 @@ def test_the_command_line_samples_and_evaluates_with_a_cache(tmp_path: Any) -> N
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
-def test_a_pipelines_transformer_leaves_out_attentions_and_batches_of_other_sizes_follow(
-    tmp_path: Any, kind: str
-) -> None:
+def test_a_pipeline_leaves_out_attentions_in_batches_of_other_sizes_too(tmp_path: Any, kind: str) -> None:
     """Both count time from 1 to 0; SD3's class has no caches of its own."""
     made_pipe(kind).save_pretrained(tmp_path / "pipe")
     (tmp_path / "prompts.txt").write_text("a red cat\n")
