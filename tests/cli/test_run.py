@@ -169,6 +169,15 @@ def test_killed_at_three_places_it_ends_with_the_same_result(inputs, unbroken, t
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3, msg=name)
     assert (tmp_path / "out" / "report.html").is_file()
+    for stage in ("dense", "sliced", "compensated", "recovered"):
+        ours, theirs = (figures_of(o / "evaluations" / stage) for o in (tmp_path / "out", unbroken[0]))
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), stage
+
+
+def figures_of(folder: Path) -> dict[str, float]:
+    """What was measured, but for seconds."""
+    found = json.loads((folder / "evaluation.json").read_text())["figures"]
+    return {name: figure["mean"] for name, figure in found.items() if name != "s/image"}
 
 
 def test_other_settings_redo_their_stage_and_what_follows(inputs, unbroken, tmp_path):
