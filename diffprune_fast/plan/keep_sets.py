@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from ..module_tree import modules_of
 from .plan import Plan
 
 
@@ -47,7 +48,7 @@ def sliced_shapes(model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray]) 
         shape[dim] = index.size
         shapes[name] = tuple(shape)
     before, after = plan.extents.at(plan.counts()), plan.extents.at(plan.counts(keep))
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     attributes: dict[str, int | float | tuple[int, ...]] = {}
     for a in plan.attributes:
         if before[a.extent] != after[a.extent]:

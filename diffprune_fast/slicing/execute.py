@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..module_tree import modules_of, parameters_of
 from ..ops.slice_channels import Step, set_data, slice_steps
 from ..plan.keep_sets import Sliced, alive_units
 from ..plan.plan import Plan
@@ -64,10 +65,10 @@ def slicing_steps(
         steps += slice_steps(tensors, slices, backend=backend, names=names)
     except (ValueError, TypeError) as error:
         raise SliceError(str(error)) from error
-    of_model = dict(model.named_parameters())
+    of_model = parameters_of(model)
     for name, solution in solved.items():
         steps += set_data(of_model[name], solution)
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     for path, value in sliced.attributes.items():
         module, _, name = path.rpartition(".")
         steps.append(partial(setattr, modules[module], name, value))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
+from ..module_tree import buffers_of, parameters_of
 from ..plan.plan import Plan
 from .labels import LabelMaps
 
@@ -31,11 +32,11 @@ class Channels:
         """All parameters and floating-point buffers, tied ones once, by their first name."""
         names: dict[int, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, p in model.named_parameters():
+        for name, p in parameters_of(model).items():
             names[id(p)] = name
             shapes[name] = tuple(p.shape)
         buffers = set()
-        for name, b in model.named_buffers():
+        for name, b in buffers_of(model).items():
             if b.is_floating_point():
                 names[id(b)] = name
                 shapes[name] = tuple(b.shape)

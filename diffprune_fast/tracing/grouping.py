@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from ..architectures.attributes import PARAMETER_ATTRIBUTES
+from ..module_tree import modules_of
 from ..plan.fixes import NormFix, ScaleFix
 from ..plan.plan import UNUSED, Attribute, Constraint, Cost, Extents, Group, Member, Plan
 from .channels import Channels
@@ -237,7 +238,7 @@ def _extents(
     attributes = [Attribute(m, a, number(x.astype(np.int32))) for (m, a), x in walk.attributes.items()]
     attributes += [Attribute(m, a, number(x.astype(np.int32)), -0.5) for (m, a), x in walk.scale_attributes.items()]
     known = set(walk.attributes)
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         for attribute, (parameter, dim) in PARAMETER_ATTRIBUTES.get(type(module).__name__, {}).items():
             start = walk.channels.start.get((f"{name}.{parameter}".lstrip("."), dim))
             if start is None or (name, attribute) in known:

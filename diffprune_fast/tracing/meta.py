@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from ..module_tree import buffers_of, modules_of, parameters_of
 from .channels import Channels
 from .labels import Labels
 from .notes import note_on, read_note
@@ -61,7 +62,7 @@ _WHERE: dict[Any, Callable[[torch.device], Any]] = {
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model is; the CPU for one that is on meta itself."""
-    held = (t.device for t in (*model.parameters(), *model.buffers()))
+    held = (t.device for t in (*parameters_of(model).values(), *buffers_of(model).values()))
     return next((d for d in held if d.type != "meta"), torch.device("cpu"))
 
 
@@ -92,7 +93,7 @@ def inputs_on_meta(tree: Any) -> Any:
 @contextmanager
 def module_hooks(model: nn.Module, enter: Any, leave: Any) -> Iterator[None]:
     """``enter`` before any other hook of every module, ``leave`` after its forward."""
-    modules = list(model.modules())
+    modules = modules_of(model).values()
     handles = [m.register_forward_pre_hook(enter, prepend=True) for m in modules]
     handles += [m.register_forward_hook(leave, prepend=True) for m in modules]
     try:
@@ -113,7 +114,7 @@ def on_meta(
     stand_ins: dict[int, Tensor] = {}
     undo: list[tuple[dict[str, Any], str, Any]] = []
     with attributes_put_back(model):
-        for module in model.modules():
+        for module in modules_of(model).values():
             module.training = False
             for table in (module._parameters, module._buffers):
                 for key, t in table.items():
@@ -134,7 +135,7 @@ def on_meta(
 @contextmanager
 def attributes_put_back(model: nn.Module) -> Iterator[None]:
     """What forwards set in attributes of the model is taken away: they cache tables there, of meta after a walk."""
-    modules = list(model.modules())
+    modules = list(modules_of(model).values())
     attributes = [(vars(m), vars(m).copy(), _contents(vars(m))) for m in [*modules, *_plain_objects(modules)]]
     try:
         yield
@@ -145,7 +146,8 @@ def attributes_put_back(model: nn.Module) -> Iterator[None]:
 
 def _plain_objects(modules: Sequence[nn.Module]) -> list[Any]:
     """Objects of the model's own that aren't modules (a rotary embedder, say) and may cache tensors as well."""
-    held = {id(v): v for m in modules for v in vars(m).values() if type(v) not in _PLAIN and hasattr(v, "__dict__")}
+    held = {id(v): v for m in modules for v in vars(m).values() if type(v) not in _PLAIN}
+    held = {key: v for key, v in held.items() if hasattr(v, "__dict__")}
     ours = [v for v in held.values() if not isinstance(v, (nn.Module, Tensor, type, dict))]  # dicts: hooks, configs
     return [v for v in ours if not (callable(v) and hasattr(v, "__name__"))]  # functions cache nothing of theirs
 

@@ -112,14 +112,16 @@ def note_other_uses(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: An
         tensors = tensors[:1]
     if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
         tensors = tensors[1:]  # the queries, whose factor is the point
+    notes = [(t, note) for t in tensors if (note := read_note(t)).parameter is not None or _takes_factor(note.labels)]
+    if not notes:
+        return
     passed: set[str | None] = set()
     for t in walk.tensors(out):
         note = read_note(t)
         passed.add(note.parameter)
         if note.labels is not None:
             passed.update([target.name for target in note.labels.fold_targets or ()])
-    for t in tensors:
-        note = read_note(t)
+    for t, note in notes:
         if note.parameter is not None and note.parameter not in passed and not name.startswith("_weight_norm"):
             walk.read.add(note.parameter)
         if note.labels is None:
@@ -129,6 +131,10 @@ def note_other_uses(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: An
                 walk.other_uses.append(Labels(note.labels.maps, targets_of_parameters(walk, t)))
         elif note.labels.fold_targets and not passed.issuperset([x.name for x in note.labels.fold_targets]):
             walk.other_uses.append(note.labels)
+
+
+def _takes_factor(labels: Labels | None) -> bool:
+    return labels is not None and bool(labels.fold_targets)
 
 
 def freeze_unfoldable_heads(walk: Walk) -> None:
