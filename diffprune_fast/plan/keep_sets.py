@@ -41,7 +41,8 @@ def sliced_shapes(model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray]) 
             if place not in masks:
                 masks[place] = np.ones(plan.shapes[m.parameter][m.dim], bool)
             masks[place][m.index[gone]] = False
-    kept = {place: np.flatnonzero(mask) for place, mask in masks.items()}
+    alike: dict[bytes, np.ndarray] = {}  # one array for all places that keep the same
+    kept = {place: alike.setdefault(mask.tobytes(), np.flatnonzero(mask)) for place, mask in masks.items()}
     shapes = dict(plan.shapes)
     for (name, dim), index in kept.items():
         shape = list(shapes[name])

@@ -56,8 +56,9 @@ def kept_columns(model: nn.Module) -> dict[str, KeptColumns]:
     found = {}
     for name, module in modules_of(model).items():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), KeptColumns):
-                found[name] = hook.__self__
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, KeptColumns):
+                found[name] = owner
     return found
 
 

@@ -39,9 +39,10 @@ def slicing_steps(
     calls need is taken here. Raises SliceError for tensors that can't be sliced.
     """
     solved = solved or {}
-    wanted: dict[str, dict[int, np.ndarray]] = {}
+    tables_of = {id(index): torch.from_numpy(index) for index in sliced.kept.values()}  # one serves many places
+    wanted: dict[str, dict[int, Tensor]] = {}
     for (name, dim), index in sliced.kept.items():
-        wanted.setdefault(name, {})[dim] = index
+        wanted.setdefault(name, {})[dim] = tables_of[id(index)]
     factors: dict[str, list[Factor]] = {}
     for name, rows, factor in scale_factors(model, plan, sliced):
         factors.setdefault(name, []).append((rows, factor))
@@ -52,7 +53,7 @@ def slicing_steps(
     for name, _, _, t in tables(model):
         if name not in wanted and name not in factors:
             continue
-        keep = {dim: torch.from_numpy(index) for dim, index in wanted.pop(name, {}).items()}
+        keep = wanted.pop(name, {})
         scale = _row_scale(t, keep, factors.pop(name, []))
         own = [] if name in solved else [(name, t, 1)]
         # a weight that grew by a factor has a gradient that shrank by it

@@ -115,7 +115,7 @@ def on_meta(
     undo: list[tuple[dict[str, Any], str, Any]] = []
     with attributes_put_back(model):
         for module in modules_of(model).values():
-            module.training = False
+            object.__setattr__(module, "training", False)  # nn.Module looks into all its tables first
             for table in (module._parameters, module._buffers):
                 for key, t in table.items():
                     name = channels.names.get(id(t)) if t is not None else None
@@ -168,14 +168,13 @@ def _restore(attributes: dict[str, Any], before: dict[str, Any], contents: dict[
 
 
 def _stand_in(t: Tensor, name: str, channels: Channels, kept: Mapping[tuple[str, int], np.ndarray] | None) -> Tensor:
-    shape = list(t.shape)
-    for dim in range(len(shape)):
-        if kept is not None and (name, dim) in kept:
-            shape[dim] = kept[name, dim].size
+    shape, is_parameter = list(t.shape), isinstance(t, nn.Parameter)
+    if kept is not None:
+        shape = [kept[name, dim].size if (name, dim) in kept else n for dim, n in enumerate(shape)]
     out: Tensor = torch.empty(shape, dtype=t.dtype, device="meta")
-    if isinstance(t, nn.Parameter):
+    if is_parameter:
         out = nn.Parameter(out, requires_grad=False)
     note, maps = note_on(out), channels.maps(name, kept)
-    note.labels = Labels(maps, zero=isinstance(t, nn.Parameter)) if maps else None
+    note.labels = Labels(maps, zero=is_parameter) if maps else None
     note.parameter = name
     return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,14 @@ def targets_of_parameters(walk: Walk, *parameters: Tensor | None) -> tuple[FoldT
     names = [walk.name_of(p) for p in parameters if p is not None]
     if not names or None in names:
         return None
-    return tuple([FoldTarget(n, np.arange(walk.channels.shapes[n][0])) for n in names if n is not None])
+    return tuple([FoldTarget(n, _all_rows(walk.channels.shapes[n][0])) for n in names if n is not None])
+
+
+@lru_cache(64)
+def _all_rows(n: int) -> np.ndarray:
+    rows = np.arange(n)
+    rows.flags.writeable = False  # one for all
+    return rows
 
 
 def targets_of_elementwise(walk: Walk, name: str, args: Sequence[Any]) -> tuple[FoldTarget, ...] | None:
@@ -80,7 +88,8 @@ def _target_rows(walk: Walk, labels: Labels | None) -> dict[str, np.ndarray]:
     named = _ordered(labels.maps) - walk.channels.start.get((first.name, 0), 0)
     if first.rows is None and not (named[0] >= 0 and named[-1] < walk.channels.shapes[first.name][0]):
         return {}
-    return {t.name: named.astype(np.int64) if t.rows is None else t.rows for t in labels.fold_targets}
+    rows = named.astype(np.int64)
+    return {t.name: rows if t.rows is None else t.rows for t in labels.fold_targets}
 
 
 def _ordered(maps: Sequence[LabelMap]) -> np.ndarray:

@@ -96,10 +96,10 @@ def record_step(walk: Walk, op: Any, args: Any, kwargs: Any, tensors: Sequence[T
         return
     outs = (out,) if isinstance(out, Tensor) else tuple(walk.tensors(out))
     operands = tuple([read_note(t).labels for t in tensors])
-    labelled = not all([x is None for x in operands])
+    labelled = not all(x is None for x in operands)
     contents: tuple[tuple[tuple[int, ...], int], ...] = ()
     real, real_outs = [t for t in tensors if not t.is_meta], [o for o in outs if not o.is_meta]
-    if real_outs and all([read_note(t).made for t in real]):
+    if real_outs and all(read_note(t).made for t in real):
         for o in real_outs:
             note_on(o).made = True
     if real and (len(real) < len(tensors) or len(real_outs) < len(outs)):
@@ -131,8 +131,15 @@ def _written(t: Tensor) -> tuple[tuple[int, ...], int]:
 
 def _norm_groups(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
     """A GroupNorm's groups and its channels: an instance norm has as many groups as there are."""
-    named = {**dict(zip([a.name for a in op._schema.arguments], args)), **kwargs}
-    return int(named["num_groups"] if "num_groups" in named else named["group"]), args[0].shape[1]
+    at, name = _argument_of_groups(op)
+    return int(args[at] if at < len(args) else kwargs[name]), args[0].shape[1]
+
+
+@cache
+def _argument_of_groups(op: Any) -> tuple[int, str]:
+    names = [a.name for a in op._schema.arguments]
+    name = "num_groups" if "num_groups" in names else "group"
+    return names.index(name), name
 
 
 def _read(name: str, tensors: Sequence[Tensor]) -> _Sizes:
@@ -182,7 +189,7 @@ def _differs(a: Step, b: Step) -> str | None:
 
 
 def _any_resized(a: _Sizes, mine: Sequence[Labels | None], b: _Sizes, theirs: Sequence[Labels | None]) -> bool:
-    return any([_resized(*x) for x in zip(a, mine, b, theirs)])
+    return any(_resized(*x) for x in zip(a, mine, b, theirs))
 
 
 def _resized(a: Sequence[int], mine: Labels | None, b: Sequence[int], theirs: Labels | None) -> bool:
@@ -198,4 +205,4 @@ def _resized(a: Sequence[int], mine: Labels | None, b: Sequence[int], theirs: La
 
 
 def _labelled(labels: Labels | None, dim: int) -> bool:
-    return labels is not None and not all([x.shape[dim] == 1 for x in labels.maps])
+    return labels is not None and not all(x.shape[dim] == 1 for x in labels.maps)

@@ -199,8 +199,8 @@ class Walk:
             if getattr(self.by_name[module], name, None) == maps[0].size:
                 self.attributes[module, name] = maps[0].reshape(-1)
             return
-        held = self.by_name[module]._parameters.values()
-        if not any(self.name_of(p) == owner for p in held):  # a tied one has several owners
+        held = self.by_name[module]._parameters
+        if owner not in [self.name_of(p) for p in held.values()]:  # a tied one has several owners
             module = owner.rpartition(".")[0]
         if isinstance(getattr(self.by_name.get(module), name, None), (int, tuple)):
             self.attributes[module, name] = maps[0].reshape(-1)
