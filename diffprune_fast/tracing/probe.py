@@ -102,8 +102,8 @@ def _followed(
     """The groups that an attribute of the failing module follows, if its value was asked for and they fail alone."""
     module, sizes = error.place.rpartition(" (")[0], plan.extents.at(plan.counts(keep))
     extents = [a.extent for a in plan.attributes if a.module == module and sizes[a.extent] in error.sizes]
-    followed = plan.extents.per_group[extents].any(axis=0).tolist()
-    part = {g.name for g, used in zip(plan.groups, followed) if used and len(keep[g.name]) < g.n_units}
+    followed = np.flatnonzero(plan.extents.per_group[extents].sum(axis=0))
+    part = {g.name for g in (plan.groups[i] for i in followed) if len(keep[g.name]) < g.n_units}
     return sorted(part) if _fail(model, walk, plan, keep, calls, part) else []
 
 
