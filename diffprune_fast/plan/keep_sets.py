@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from ..module_tree import modules_of
 from .plan import Plan
 
 
@@ -40,14 +41,15 @@ def sliced_shapes(model: nn.Module, plan: Plan, keep: Mapping[str, np.ndarray]) 
             if place not in masks:
                 masks[place] = np.ones(plan.shapes[m.parameter][m.dim], bool)
             masks[place][m.index[gone]] = False
-    kept = {place: np.flatnonzero(mask) for place, mask in masks.items()}
+    alike: dict[bytes, np.ndarray] = {}  # one array for all places that keep the same
+    kept = {place: alike.setdefault(mask.tobytes(), np.flatnonzero(mask)) for place, mask in masks.items()}
     shapes = dict(plan.shapes)
     for (name, dim), index in kept.items():
         shape = list(shapes[name])
         shape[dim] = index.size
         shapes[name] = tuple(shape)
     before, after = plan.extents.at(plan.counts()), plan.extents.at(plan.counts(keep))
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     attributes: dict[str, int | float | tuple[int, ...]] = {}
     for a in plan.attributes:
         if before[a.extent] != after[a.extent]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..module_tree import modules_of
+
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module and the attribute's name of ``"module.path.attribute"``."""
@@ -26,7 +28,7 @@ def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> Any:
 
 def tables(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
     """Every place that holds a parameter or a buffer, tied ones as often as they are held."""
-    for prefix, module in model.named_modules():
+    for prefix, module in modules_of(model).items():
         for table in (module._parameters, module._buffers):
             for key, t in table.items():
                 if t is not None:

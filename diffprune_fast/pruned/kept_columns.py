@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.position_tables import Size, table_of
+from ..module_tree import modules_of
 
 
 class KeptColumns:
@@ -53,10 +54,11 @@ def detach(module: nn.Module) -> None:
 def kept_columns(model: nn.Module) -> dict[str, KeptColumns]:
     """The modules of a pruned model that have such hooks, by name."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), KeptColumns):
-                found[name] = hook.__self__
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, KeptColumns):
+                found[name] = owner
     return found
 
 
@@ -68,7 +70,7 @@ def columns_to_keep(
     kept: of (buffer, dim), the columns that stay; widths: the buffers' shapes before.
     """
     known, found = kept_columns(model), []
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         rule = table_of(module)
         path = f"{name}.{rule.buffer}".lstrip(".") if rule is not None else ""
         if rule is not None and (path, 2) in kept:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..module_tree import modules_of
 from ..plan.plan import Plan
 
 _NOTE = "_diffprune_record"  # on the module, as copies and pickles take it along
@@ -42,7 +43,7 @@ def attach_record(model: nn.Module, record: Record) -> None:
 
 def before_pruning(model: nn.Module, plan: Plan) -> Record:
     """The record of a model that is about to be pruned by ``plan``; if it was before, shapes and attributes of then."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     counted = {(a.module, a.name) for a in plan.attributes}
     counted |= {(path, name) for path, m in modules.items() for name in _COUNTS & vars(m).keys()}
     now = {f"{path}.{name}".lstrip("."): getattr(modules[path], name, None) for path, name in sorted(counted)}
@@ -53,7 +54,7 @@ def before_pruning(model: nn.Module, plan: Plan) -> Record:
 
 def changed_since(model: nn.Module) -> dict[str, Any]:
     """The recorded attributes that pruning has changed, with the values that they have now."""
-    modules, changed = dict(model.named_modules()), {}
+    modules, changed = modules_of(model), {}
     for path, before in record_of(model).attributes.items():
         owner, _, name = path.rpartition(".")
         now = getattr(modules.get(owner), name, None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..module_tree import modules_of, parameters_of
 from ..ops.slice_channels import Step, set_data, slice_steps
 from ..plan.keep_sets import Sliced, alive_units
 from ..plan.plan import Plan
@@ -38,9 +39,10 @@ def slicing_steps(
     calls need is taken here. Raises SliceError for tensors that can't be sliced.
     """
     solved = solved or {}
-    wanted: dict[str, dict[int, np.ndarray]] = {}
+    tables_of = {id(index): torch.from_numpy(index) for index in sliced.kept.values()}  # one serves many places
+    wanted: dict[str, dict[int, Tensor]] = {}
     for (name, dim), index in sliced.kept.items():
-        wanted.setdefault(name, {})[dim] = index
+        wanted.setdefault(name, {})[dim] = tables_of[id(index)]
     factors: dict[str, list[Factor]] = {}
     for name, rows, factor in scale_factors(model, plan, sliced):
         factors.setdefault(name, []).append((rows, factor))
@@ -51,7 +53,7 @@ def slicing_steps(
     for name, _, _, t in tables(model):
         if name not in wanted and name not in factors:
             continue
-        keep = {dim: torch.from_numpy(index) for dim, index in wanted.pop(name, {}).items()}
+        keep = wanted.pop(name, {})
         scale = row_scale(t, keep, factors.pop(name, []))
         own = [] if name in solved else [(name, t, 1)]
         # a weight that grew by a factor has a gradient that shrank by it
@@ -64,10 +66,10 @@ def slicing_steps(
         steps += slice_steps(tensors, slices, backend=backend, names=names)
     except (ValueError, TypeError) as error:
         raise SliceError(str(error)) from error
-    of_model = dict(model.named_parameters())
+    of_model = parameters_of(model)
     for name, solution in solved.items():
         steps += set_data(of_model[name], solution)
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     for path, value in sliced.attributes.items():
         module, _, name = path.rpartition(".")
         steps.append(partial(setattr, modules[module], name, value))

@@ -11,13 +11,19 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..module_tree import modules_of
+
 # Nothing of theirs depends on a forward, and they are large.
 _NOT_THEIRS = ("torch", "builtins", "numpy", "typing", "collections", "abc", "functools", __name__.partition(".")[0])
+
+
+# Most of what else modules and classes hold: nothing can be left there.
+_SIMPLE = frozenset((str, int, float, bool, bytes, type(None), type, ModuleType, property))
 
 
 @contextmanager
@@ -63,7 +69,7 @@ def _put_back(owner: Any, then: dict[str, Any]) -> None:
 
 def _reachable(model: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
     """What the code of the model's classes can write to: modules and classes, containers, memoised functions."""
-    classes = {c: None for m in model.modules() for c in type(m).__mro__ if not _foreign(c.__module__)}
+    classes = {c: None for m in modules_of(model).values() for c in type(m).__mro__ if not _foreign(c.__module__)}
     modules = {n: sys.modules[n] for c in classes if (n := c.__module__) in sys.modules}
     for module in list(modules.values()):
         for f in list(vars(module).values()):
@@ -74,7 +80,7 @@ def _reachable(model: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
     memoised: dict[int, Any] = {}
     values = [v for m in modules.values() for k, v in list(vars(m).items()) if not k.startswith("__")]
     for value in [*values, *[v for c in classes for v in list(vars(c).values())]]:
-        for x in _parts(value):
+        for x in _parts(value) if type(value) not in _SIMPLE else ():
             if type(x) in (dict, list, set):
                 held[id(x)] = x
             elif hasattr(type(x), "cache_clear"):

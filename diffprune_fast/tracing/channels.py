@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
+from ..module_tree import buffers_of, parameters_of
 from ..plan.plan import Plan
 from .labels import LabelMaps
 
@@ -31,11 +32,11 @@ class Channels:
         """All parameters and floating-point buffers, tied ones once, by their first name."""
         names: dict[int, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, p in model.named_parameters():
+        for name, p in parameters_of(model).items():
             names[id(p)] = name
             shapes[name] = tuple(p.shape)
         buffers = set()
-        for name, b in model.named_buffers():
+        for name, b in buffers_of(model).items():
             if b.is_floating_point():
                 names[id(b)] = name
                 shapes[name] = tuple(b.shape)
@@ -54,11 +55,10 @@ class Channels:
         maps = []
         for dim, n in enumerate(shape):
             if n > 1:
-                index = np.arange(n, dtype=np.int32) if kept is None or (name, dim) not in kept else kept[name, dim]
-                view = [1] * len(shape)
-                view[dim] = -1
-                if index.size > 1:
-                    maps.append((self.start[name, dim] + index).astype(np.int32).reshape(view))
+                start, index = self.start[name, dim], kept.get((name, dim)) if kept is not None else None
+                ids = np.arange(start, start + n, dtype=np.int32) if index is None else (index + start).astype(np.int32)
+                if ids.size > 1:
+                    maps.append(ids.reshape((1,) * dim + (-1,) + (1,) * (len(shape) - dim - 1)))
         return tuple(maps)
 
 
@@ -66,6 +66,7 @@ def units_of_channels(plan: Plan, channels: Channels) -> np.ndarray:
     """``(n_channels,)``: the plan-wide unit of every channel, -1 for those that stay."""
     unit_of = np.full(channels.total, -1, np.int64)
     for g, group in enumerate(plan.groups):
+        units = plan.offsets[g] + np.arange(group.n_units)[:, None]
         for m in group.members:
-            unit_of[channels.start[m.parameter, m.dim] + m.index] = plan.offsets[g] + np.arange(group.n_units)[:, None]
+            unit_of[channels.start[m.parameter, m.dim] + m.index] = units
     return unit_of

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..module_tree import modules_of
 from .walk import Walk
 
 _PARAMETRIZED = "torch.nn.utils.parametrize.remove_parametrizations"
@@ -61,7 +62,7 @@ def with_cures(model: nn.Module, frozen: dict[str, str]) -> dict[str, str]:
 
 def _cures(model: nn.Module) -> Iterator[tuple[re.Pattern[str], str]]:
     """How reasons name what computes a weight, and the function that leaves a plain weight in its place."""
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         if isinstance(module, ParametrizationList):
             yield re.compile(rf"\b{re.escape(path)}[. ]"), _PARAMETRIZED
         for hook in module._forward_pre_hooks.values():

@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from ..architectures.attributes import PARAMETER_ATTRIBUTES
+from ..module_tree import modules_of
 from ..plan.fixes import NormFix, ScaleFix
 from ..plan.plan import UNUSED, Attribute, Constraint, Cost, Extents, Group, Member, Plan
 from .channels import Channels
@@ -122,14 +123,15 @@ def _group(
     unit_of[free] = new_id[unit]
     group_of_unit = kind[order]
     n_units = np.bincount(group_of_unit)
+    place = np.repeat(np.arange(len(starts) - 1), np.diff(cuts))
+    by = np.lexsort((unit_of[free], place))
+    place, group = place[by], group_of_unit[unit_of[free[by]]]
+    index = free[by] - starts[place]
+    parts = np.flatnonzero((np.diff(place) != 0) | (np.diff(group) != 0)) + 1
     tables: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(lead.size)]
-    for place, (start, stop) in enumerate(pairwise(cuts)):
-        index = free[start:stop]
-        by = np.argsort(unit_of[index], kind="stable")
-        groups = group_of_unit[unit_of[index[by]]]
-        for part in np.split(by, np.flatnonzero(np.diff(groups)) + 1) if by.size else ():
-            group = group_of_unit[unit_of[index[part[0]]]]
-            tables[group].append((place, (index[part] - starts[place]).reshape(n_units[group], -1)))
+    for start, stop in pairwise([0, *parts.tolist(), by.size]):
+        g = int(group[start])
+        tables[g].append((int(place[start]), index[start:stop].reshape(n_units[g], -1)))
     return unit_of, tables
 
 
@@ -203,15 +205,19 @@ def _norm_fixes(walk: Walk, groups: Sequence[Group]) -> tuple[NormFix, ...]:
 def _frozen(
     graph: Graph, component: np.ndarray, reason: np.ndarray, places: Sequence[tuple[str, int]], starts: np.ndarray
 ) -> dict[str, str]:
-    found = {}
-    for i, (name, dim) in enumerate(places):
-        part = component[starts[i] : starts[i + 1]]
-        if (part < 0).all():
+    found: dict[str, str] = {}
+    if not places:
+        return found
+    why = np.where(component >= 0, reason[component], -1)
+    used = np.logical_or.reduceat(component >= 0, starts[:-1])
+    stays = np.logical_or.reduceat(why >= 0, starts[:-1])
+    for i in np.flatnonzero(~used | stays).tolist():
+        name, dim = places[i]
+        if not used[i]:
             found[f"{name}:{dim}"] = UNUSED
-            continue
-        why = reason[part[part >= 0]]
-        if (why >= 0).any():
-            first = int(why[why >= 0][0])
+        else:
+            part = why[starts[i] : starts[i + 1]]
+            first = int(part[part >= 0][0])
             n = len(graph.frozen)
             found[f"{name}:{dim}"] = (
                 graph.frozen[first][1] if first < n else f"meets channels that stay in {graph.edges[first - n][2]}"
@@ -237,7 +243,7 @@ def _extents(
     attributes = [Attribute(m, a, number(x.astype(np.int32))) for (m, a), x in walk.attributes.items()]
     attributes += [Attribute(m, a, number(x.astype(np.int32)), -0.5) for (m, a), x in walk.scale_attributes.items()]
     known = set(walk.attributes)
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         for attribute, (parameter, dim) in PARAMETER_ATTRIBUTES.get(type(module).__name__, {}).items():
             start = walk.channels.start.get((f"{name}.{parameter}".lstrip("."), dim))
             if start is None or (name, attribute) in known:

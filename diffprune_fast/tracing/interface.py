@@ -55,13 +55,11 @@ def note_attributes(walk: Walk) -> None:
 
     To be called inside ``on_meta``, which takes them away.
     """
-    tables = ("_parameters", "_buffers", "_modules")
     for path, module in walk.by_name.items():
-        held = [(n, v) for n, v in vars(module).items() if isinstance(v, _HOLDERS) and n not in tables]
+        held = [(n, v) for n, v in vars(module).items() if n not in _OF_TORCH and isinstance(v, _HOLDERS)]
         for name, value in (*held, *module._buffers.items()):
-            if is_computed_weight(module, name):
-                continue
-            if any(walk.maps(t) and walk.name_of(t) is None for t in _tensors(value, 2)):
+            left = any(walk.maps(t) and walk.name_of(t) is None for t in _tensors(value, 2))
+            if left and not is_computed_weight(module, name):
                 where = f"{path}.{name}".lstrip(".")
                 walk.notes.append(
                     f"the forward leaves activations in {where}, which may lose channels: if they are read, name them "
@@ -70,6 +68,7 @@ def note_attributes(walk: Walk) -> None:
 
 
 _HOLDERS = (Tensor, list, tuple, dict)
+_OF_TORCH = frozenset(vars(nn.Module()))  # tables of parameters, modules, hooks
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Tensor]:

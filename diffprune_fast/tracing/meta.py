@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from ..module_tree import buffers_of, modules_of, parameters_of
 from .channels import Channels
 from .labels import Labels
 from .notes import note_on, read_note
@@ -61,7 +62,7 @@ _WHERE: dict[Any, Callable[[torch.device], Any]] = {
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model is; the CPU for one that is on meta itself."""
-    held = (t.device for t in (*model.parameters(), *model.buffers()))
+    held = (t.device for t in (*parameters_of(model).values(), *buffers_of(model).values()))
     return next((d for d in held if d.type != "meta"), torch.device("cpu"))
 
 
@@ -92,7 +93,7 @@ def inputs_on_meta(tree: Any) -> Any:
 @contextmanager
 def module_hooks(model: nn.Module, enter: Any, leave: Any) -> Iterator[None]:
     """``enter`` before any other hook of every module, ``leave`` after its forward."""
-    modules = list(model.modules())
+    modules = modules_of(model).values()
     handles = [m.register_forward_pre_hook(enter, prepend=True) for m in modules]
     handles += [m.register_forward_hook(leave, prepend=True) for m in modules]
     try:
@@ -113,8 +114,8 @@ def on_meta(
     stand_ins: dict[int, Tensor] = {}
     undo: list[tuple[dict[str, Any], str, Any]] = []
     with attributes_put_back(model):
-        for module in model.modules():
-            module.training = False
+        for module in modules_of(model).values():
+            object.__setattr__(module, "training", False)  # nn.Module looks into all its tables first
             for table in (module._parameters, module._buffers):
                 for key, t in table.items():
                     name = channels.names.get(id(t)) if t is not None else None
@@ -134,7 +135,7 @@ def on_meta(
 @contextmanager
 def attributes_put_back(model: nn.Module) -> Iterator[None]:
     """What forwards set in attributes of the model is taken away: they cache tables there, of meta after a walk."""
-    modules = list(model.modules())
+    modules = list(modules_of(model).values())
     attributes = [(vars(m), vars(m).copy(), _contents(vars(m))) for m in [*modules, *_plain_objects(modules)]]
     try:
         yield
@@ -145,7 +146,8 @@ def attributes_put_back(model: nn.Module) -> Iterator[None]:
 
 def _plain_objects(modules: Sequence[nn.Module]) -> list[Any]:
     """Objects of the model's own that aren't modules (a rotary embedder, say) and may cache tensors as well."""
-    held = {id(v): v for m in modules for v in vars(m).values() if type(v) not in _PLAIN and hasattr(v, "__dict__")}
+    held = {id(v): v for m in modules for v in vars(m).values() if type(v) not in _PLAIN}
+    held = {key: v for key, v in held.items() if hasattr(v, "__dict__")}
     ours = [v for v in held.values() if not isinstance(v, (nn.Module, Tensor, type, dict))]  # dicts: hooks, configs
     return [v for v in ours if not (callable(v) and hasattr(v, "__name__"))]  # functions cache nothing of theirs
 
@@ -166,14 +168,13 @@ def _restore(attributes: dict[str, Any], before: dict[str, Any], contents: dict[
 
 
 def _stand_in(t: Tensor, name: str, channels: Channels, kept: Mapping[tuple[str, int], np.ndarray] | None) -> Tensor:
-    shape = list(t.shape)
-    for dim in range(len(shape)):
-        if kept is not None and (name, dim) in kept:
-            shape[dim] = kept[name, dim].size
+    shape, is_parameter = list(t.shape), isinstance(t, nn.Parameter)
+    if kept is not None:
+        shape = [kept[name, dim].size if (name, dim) in kept else n for dim, n in enumerate(shape)]
     out: Tensor = torch.empty(shape, dtype=t.dtype, device="meta")
-    if isinstance(t, nn.Parameter):
+    if is_parameter:
         out = nn.Parameter(out, requires_grad=False)
     note, maps = note_on(out), channels.maps(name, kept)
-    note.labels = Labels(maps, zero=isinstance(t, nn.Parameter)) if maps else None
+    note.labels = Labels(maps, zero=is_parameter) if maps else None
     note.parameter = name
     return out

@@ -7,6 +7,7 @@ whose sizes the failing operation confuses are tied to equal counts; otherwise t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,6 +29,8 @@ Row = tuple[int, ...]  # the channels along one dim of a parameter
 # Every round settles at least one group; a model with more hidden couplings than this is left to verification.
 ROUNDS = 24
 
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a block's, in a parameter's name
+
 
 def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
     """The plan, with groups tied or frozen until uneven keep-sets of it are verified."""
@@ -39,6 +42,8 @@ def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
             return plan
         groups = _concerned(walk, plan, keep, error)
         if not groups:
+            groups = _followed(model, walk, plan, keep, calls, error)
+        if not groups:
             groups = _culprits(model, walk, plan, keep, calls, _shrunk_clusters(plan, keep))
         reason = f"has a width that is read elsewhere ({str(error).partition('. Its forward')[0]})"
         if not groups:
@@ -49,7 +54,7 @@ def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
             continue  # another keep-set tells them apart
         for twin in twins:
             walk.graph.constrain("size", error.place, np.array([row, twin], np.int32))
-        for name in () if twins else groups:
+        for name in () if twins else [*groups, *_same_elsewhere(model, walk, plan, keep, calls, groups)]:
             walk.graph.freeze(_first_channels(walk, plan, name), reason)
         suspects.clear()
         plan = build_plan(model, walk)
@@ -93,6 +98,49 @@ def _concerned(walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], error: Ve
     units = units_of_channels(plan, walk.channels)[error.channels]
     groups = np.unique(plan.group_of[units[units >= 0]])
     return [plan.groups[g].name for g in groups] or [n for n in keep if len(keep[n]) in error.sizes]
+
+
+def _followed(
+    model: nn.Module,
+    walk: Walk,
+    plan: Plan,
+    keep: Mapping[str, np.ndarray],
+    calls: Calls,
+    error: VerificationError,
+) -> list[str]:
+    """The groups that an attribute of the failing module follows, if its value was asked for and they fail alone."""
+    module, sizes = error.place.rpartition(" (")[0], plan.extents.at(plan.counts(keep))
+    extents = [a.extent for a in plan.attributes if a.module == module and sizes[a.extent] in error.sizes]
+    followed = np.flatnonzero(plan.extents.per_group[extents].sum(axis=0))
+    part = {g.name for g in (plan.groups[i] for i in followed) if len(keep[g.name]) < g.n_units}
+    return sorted(part) if _fail(model, walk, plan, keep, calls, part) else []
+
+
+def _same_elsewhere(
+    model: nn.Module,
+    walk: Walk,
+    plan: Plan,
+    keep: Mapping[str, np.ndarray],
+    calls: Calls,
+    groups: Sequence[str],
+) -> list[str]:
+    """The groups at the same place in other blocks, if they fail without these: blocks of one class run one code."""
+    places = {_place_in_block(plan, name) for name in groups}
+    others = {n for n in keep if len(keep[n]) < plan[n].n_units and _place_in_block(plan, n) in places} - {*groups}
+    return sorted(others) if _fail(model, walk, plan, keep, calls, others) else []
+
+
+def _place_in_block(plan: Plan, name: str) -> tuple[int, tuple[tuple[str, int], ...]]:
+    group = plan[name]
+    return group.n_units, tuple([(_NUMBER.sub("#", m.parameter), m.dim) for m in group.members])
+
+
+def _fail(
+    model: nn.Module, walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls, groups: set[str]
+) -> bool:
+    """Whether the clusters of these groups fail when nothing else shrinks."""
+    part = {n: keep[n] for cluster in _shrunk_clusters(plan, keep) if groups & {*cluster} for n in cluster}
+    return bool(part) and _try(model, walk, plan, part, calls) is not None
 
 
 def _culprits(

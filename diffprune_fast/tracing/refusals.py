@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..module_tree import buffers_of, modules_of, parameters_of
 from ..plan.plan import Plan
 from .channels import Channels
 from .errors import TraceError
@@ -16,13 +17,13 @@ _FLAT = "lies with others in one piece of memory, for cuDNN: trace the model bef
 
 def refuse_model(model: nn.Module) -> None:
     """Raises TraceError for scripted modules and for parameters made of other tensors (a DTensor, quantised)."""
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(
                 f"{name or 'the model'} is compiled by torch.jit.script or .trace, whose code can't be followed: give "
                 "the module that it was made from"
             )
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
+    for name, t in (*parameters_of(model).items(), *buffers_of(model).items()):
         if is_traceable_wrapper_subclass(t):
             raise TraceError(
                 f"{name} is a {type(t.data).__name__}, a tensor made of others (spread by tensor parallelism, or "
@@ -34,7 +35,7 @@ def refuse_shared_memory(model: nn.Module, plan: Plan) -> None:
     """Raises TraceError where a tensor that would be sliced shares its memory with another one."""
     sliced = {m.parameter for g in plan.groups for m in g.members}
     names: dict[int, str] = {}
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
+    for name, t in (*parameters_of(model).items(), *buffers_of(model).items()):
         at = _memory(t)
         if at is None:
             continue
@@ -49,7 +50,7 @@ def refuse_shared_memory(model: nn.Module, plan: Plan) -> None:
 
 def freeze_flat_weights(model: nn.Module, channels: Channels, graph: Graph) -> None:
     """The weights that an RNN keeps as windows of one tensor, for cuDNN, stay as they are."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         if isinstance(module, nn.RNNBase):
             memory = [_memory(p) for p in module.parameters()]
             if len(set(memory)) < len(memory) and None not in memory:

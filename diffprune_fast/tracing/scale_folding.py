@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,14 @@ def targets_of_parameters(walk: Walk, *parameters: Tensor | None) -> tuple[FoldT
     names = [walk.name_of(p) for p in parameters if p is not None]
     if not names or None in names:
         return None
-    return tuple([FoldTarget(n, np.arange(walk.channels.shapes[n][0])) for n in names if n is not None])
+    return tuple([FoldTarget(n, _all_rows(walk.channels.shapes[n][0])) for n in names if n is not None])
+
+
+@lru_cache(64)
+def _all_rows(n: int) -> np.ndarray:
+    rows = np.arange(n)
+    rows.flags.writeable = False  # one for all
+    return rows
 
 
 def targets_of_elementwise(walk: Walk, name: str, args: Sequence[Any]) -> tuple[FoldTarget, ...] | None:
@@ -80,7 +88,8 @@ def _target_rows(walk: Walk, labels: Labels | None) -> dict[str, np.ndarray]:
     named = _ordered(labels.maps) - walk.channels.start.get((first.name, 0), 0)
     if first.rows is None and not (named[0] >= 0 and named[-1] < walk.channels.shapes[first.name][0]):
         return {}
-    return {t.name: named.astype(np.int64) if t.rows is None else t.rows for t in labels.fold_targets}
+    rows = named.astype(np.int64)
+    return {t.name: rows if t.rows is None else t.rows for t in labels.fold_targets}
 
 
 def _ordered(maps: Sequence[LabelMap]) -> np.ndarray:
@@ -112,14 +121,16 @@ def note_other_uses(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: An
         tensors = tensors[:1]
     if name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
         tensors = tensors[1:]  # the queries, whose factor is the point
+    notes = [(t, note) for t in tensors if (note := read_note(t)).parameter is not None or _takes_factor(note.labels)]
+    if not notes:
+        return
     passed: set[str | None] = set()
     for t in walk.tensors(out):
         note = read_note(t)
         passed.add(note.parameter)
         if note.labels is not None:
             passed.update([target.name for target in note.labels.fold_targets or ()])
-    for t in tensors:
-        note = read_note(t)
+    for t, note in notes:
         if note.parameter is not None and note.parameter not in passed and not name.startswith("_weight_norm"):
             walk.read.add(note.parameter)
         if note.labels is None:
@@ -129,6 +140,10 @@ def note_other_uses(walk: Walk, name: str, tensors: Sequence[Tensor], kwargs: An
                 walk.other_uses.append(Labels(note.labels.maps, targets_of_parameters(walk, t)))
         elif note.labels.fold_targets and not passed.issuperset([x.name for x in note.labels.fold_targets]):
             walk.other_uses.append(note.labels)
+
+
+def _takes_factor(labels: Labels | None) -> bool:
+    return labels is not None and bool(labels.fold_targets)
 
 
 def freeze_unfoldable_heads(walk: Walk) -> None:

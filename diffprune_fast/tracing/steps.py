@@ -64,6 +64,9 @@ _SMALL = 4096
 _NUMBERS = (int, float, bool, str, complex, torch.dtype)
 
 
+_PLAIN = frozenset((*_NUMBERS, type(None)))
+
+
 _LISTS = (list, tuple)
 
 
@@ -77,7 +80,7 @@ def _compared(op: Any) -> tuple[str, tuple[bool, ...], frozenset[str]]:
 
 def _plain(value: Any) -> Any:
     """An argument without its tensors."""
-    if isinstance(value, _NUMBERS):
+    if type(value) in _PLAIN or isinstance(value, _NUMBERS):
         return value
     return tuple([v for v in value if isinstance(v, _NUMBERS)]) if isinstance(value, _LISTS) else None
 
@@ -92,15 +95,14 @@ def record_step(walk: Walk, op: Any, args: Any, kwargs: Any, tensors: Sequence[T
     if name in _NOTHING:
         return
     outs = (out,) if isinstance(out, Tensor) else tuple(walk.tensors(out))
-    operands = tuple([walk.labels(t) for t in tensors])
-    labelled = any(x is not None for x in operands)
+    operands = tuple([read_note(t).labels for t in tensors])
+    labelled = not all(x is None for x in operands)
     contents: tuple[tuple[tuple[int, ...], int], ...] = ()
-    if all(read_note(t).made for t in tensors if not t.is_meta):
-        for o in outs:
-            if not o.is_meta:
-                note_on(o).made = True
-    real = [t for t in tensors if not t.is_meta]
-    if real and (len(real) < len(tensors) or any(o.is_meta for o in outs)):
+    real, real_outs = [t for t in tensors if not t.is_meta], [o for o in outs if not o.is_meta]
+    if real_outs and all(read_note(t).made for t in real):
+        for o in real_outs:
+            note_on(o).made = True
+    if real and (len(real) < len(tensors) or len(real_outs) < len(outs)):
         contents = tuple([_content(t) for t in real if t.numel() <= _SMALL or not read_note(t).made])
     values = tuple([_plain(a) for a, counted in zip(args, counts) if counted])
     if kwargs:
@@ -112,7 +114,7 @@ def record_step(walk: Walk, op: Any, args: Any, kwargs: Any, tensors: Sequence[T
             values,
             contents,
             tuple([o.shape for o in outs]),
-            tuple([walk.labels(o) for o in outs]),
+            tuple([read_note(o).labels for o in outs]),
             tuple([t.shape for t in tensors]) if labelled else _read(name, tensors),
             operands,
             labelled,
@@ -129,8 +131,15 @@ def _written(t: Tensor) -> tuple[tuple[int, ...], int]:
 
 def _norm_groups(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
     """A GroupNorm's groups and its channels: an instance norm has as many groups as there are."""
-    named = {**dict(zip([a.name for a in op._schema.arguments], args)), **kwargs}
-    return int(named["num_groups"] if "num_groups" in named else named["group"]), args[0].shape[1]
+    at, name = _argument_of_groups(op)
+    return int(args[at] if at < len(args) else kwargs[name]), args[0].shape[1]
+
+
+@cache
+def _argument_of_groups(op: Any) -> tuple[int, str]:
+    names = [a.name for a in op._schema.arguments]
+    name = "num_groups" if "num_groups" in names else "group"
+    return names.index(name), name
 
 
 def _read(name: str, tensors: Sequence[Tensor]) -> _Sizes:
@@ -174,9 +183,13 @@ def _differs(a: Step, b: Step) -> str | None:
     name = a.op.overloadpacket.__name__
     if name in _ANY_SIZE:
         return None
-    sizes = () if name == "expand" else zip(a.sizes, a.labels, b.sizes, b.labels)
-    read = zip(a.read, a.operands, b.read, b.operands)
-    return "a size" if any(_resized(*x) for x in (*sizes, *read)) else None
+    if name != "expand" and a.sizes != b.sizes and _any_resized(a.sizes, a.labels, b.sizes, b.labels):
+        return "a size"
+    return "a size" if a.read != b.read and _any_resized(a.read, a.operands, b.read, b.operands) else None
+
+
+def _any_resized(a: _Sizes, mine: Sequence[Labels | None], b: _Sizes, theirs: Sequence[Labels | None]) -> bool:
+    return any(_resized(*x) for x in zip(a, mine, b, theirs))
 
 
 def _resized(a: Sequence[int], mine: Labels | None, b: Sequence[int], theirs: Labels | None) -> bool:
@@ -185,9 +198,11 @@ def _resized(a: Sequence[int], mine: Labels | None, b: Sequence[int], theirs: La
         return False
     if len(a) != len(b):
         return True
-    dims = [d for d in range(len(a)) if a[d] != b[d]]
-    return any(not _labelled(mine, d) or (b[d] > 1 and not _labelled(theirs, d)) for d in dims)
+    for dim, (before, after) in enumerate(zip(a, b)):
+        if before != after and (not _labelled(mine, dim) or (after > 1 and not _labelled(theirs, dim))):
+            return True
+    return False
 
 
 def _labelled(labels: Labels | None, dim: int) -> bool:
-    return labels is not None and any(x.shape[dim] > 1 for x in labels.maps)
+    return labels is not None and not all(x.shape[dim] == 1 for x in labels.maps)

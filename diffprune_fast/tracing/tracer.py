@@ -96,7 +96,7 @@ class Tracer(TorchDispatchMode):
 
     def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
-        tensors = list(self.walk.tensors((args, kwargs)))
+        tensors = self.walk.tensors((args, kwargs))
         statistic = None
         if self.walk.statistics:
             statistic = spelled_norms.statistic_of_output(self.walk, name, args, kwargs, tensors)

@@ -78,10 +78,11 @@ def note_origin(
     func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor], out: Any, now: int, writes: Writes
 ) -> None:
     """Remember how a tensor without channels was made, if of known values and not by chance."""
-    if not isinstance(out, Tensor) or not out.is_meta or func._schema.is_mutable:
+    if not isinstance(out, Tensor) or read_note(out).labels is not None:  # nearly always
         return
-    by_chance = torch.Tag.nondeterministic_seeded in func.tags or "empty" in func.overloadpacket.__name__
-    if by_chance or read_note(out).labels is not None:
+    if not out.is_meta or func._schema.is_mutable:
+        return
+    if torch.Tag.nondeterministic_seeded in func.tags or "empty" in func.overloadpacket.__name__:
         return
     if all(not writes.without_values(t) or read_note(t).origin is not None for t in tensors):
         note_on(out).origin = Origin(now, func, args, kwargs)

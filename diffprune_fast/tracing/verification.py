@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from ..choices import NormGroups
+from ..module_tree import modules_of
 from ..plan.keep_sets import Sliced, alive_units, sliced_shapes
 from ..plan.plan import Plan
 from .caches import collector_paused
@@ -92,7 +93,7 @@ class Comparison(Graph):
 @contextmanager
 def attributes_set(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator[None]:
     """The new attribute values for the time of a walk."""
-    modules = dict(model.named_modules())  # get_submodule walks the path anew for each of a thousand attributes
+    modules = modules_of(model)  # get_submodule walks the path anew for each of a thousand attributes
     owners = [(modules[path.rpartition(".")[0]], path.rpartition(".")[2]) for path in attributes]
     old = [getattr(module, name) for module, name in owners]
     try:
@@ -164,6 +165,6 @@ def unsliced_steps(model: nn.Module, plan: Plan, norm_groups: NormGroups, calls:
 def _failed(walk: Walk) -> tuple[str, np.ndarray, tuple[int, ...]]:
     """The operation that failed, its channels, and the sizes that it was asked for."""
     place, args = walk.failed or (walk.module or "model", ())
-    channels = [x.reshape(-1) for t in walk.tensors(list(args)) for x in walk.maps(t)]
+    channels = [x.reshape(-1) for t in walk.tensors(args) for x in walk.maps(t)]
     sizes = [n for a in args if isinstance(a, (list, tuple)) for n in a if isinstance(n, int)]
     return place, np.concatenate([np.zeros(0, np.int32), *channels]), tuple(sizes)

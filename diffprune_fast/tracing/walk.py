@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..architectures.attributes import DIM_ATTRIBUTES, HEAD_ATTRIBUTES
+from ..module_tree import modules_of
 from .channels import Channels
 from .graph import Graph
 from .labels import LabelMap, LabelMaps, Labels, varying
@@ -20,6 +21,9 @@ from .values import Writes, computed
 # Ids and masks up to this size keep their values, which a forward may ask for (transformers' attention masks).
 _FEW = 65536
 
+# Most of what isn't a tensor among an operation's arguments.
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
+
 
 def _on(device: torch.device, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """An operation's arguments with another device in place of the one that they name."""
@@ -27,6 +31,18 @@ def _on(device: torch.device, args: Any, kwargs: Any) -> tuple[Any, Any]:
         tuple([device if isinstance(a, torch.device) else a for a in args]),
         {n: device if isinstance(a, torch.device) else a for n, a in kwargs.items()},
     )
+
+
+def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
+    for x in values:
+        if type(x) in _PLAIN:
+            continue
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            _collect(x, found)
+        elif isinstance(x, dict):
+            _collect(x.values(), found)
 
 
 class Walk:
@@ -48,7 +64,7 @@ class Walk:
         self.scale_attributes: dict[tuple[str, str], LabelMap] = {}
         self.attended: list[Attended] = []
         self.steps: list[Step] = []
-        self.by_name = dict(model.named_modules())
+        self.by_name = modules_of(model)
         self.modules = {id(m): n for n, m in self.by_name.items()}
         self.stack: list[str] = []
         self.notes: list[str] = []  # what the user should know of this model
@@ -84,7 +100,7 @@ class Walk:
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The op itself, on meta where any operand is there."""
-        tensors = list(self.tensors((args, kwargs)))
+        tensors = self.tensors((args, kwargs))
         given = args, kwargs
         if func._schema.is_mutable:
             self.writes.note(func, args, kwargs, tensors, len(self.steps))
@@ -111,15 +127,11 @@ class Walk:
         numbers = isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex() or out.numel() > _FEW)
         return out if numbers else func(*args, **{**kwargs, "device": torch.device("cpu")})
 
-    def tensors(self, tree: Any) -> Iterator[Tensor]:
-        if isinstance(tree, Tensor):
-            yield tree
-        elif isinstance(tree, (list, tuple)):
-            for x in tree:
-                yield from self.tensors(x)
-        elif isinstance(tree, dict):
-            for x in tree.values():
-                yield from self.tensors(x)
+    def tensors(self, tree: Any) -> list[Tensor]:
+        """All tensors in lists, tuples and dicts, in order."""
+        found: list[Tensor] = []
+        _collect((tree,), found)
+        return found
 
     def functional(self, func: Any) -> Callable[..., Any]:
         """The out-of-place form of an op, to run it on labels."""
@@ -187,8 +199,8 @@ class Walk:
             if getattr(self.by_name[module], name, None) == maps[0].size:
                 self.attributes[module, name] = maps[0].reshape(-1)
             return
-        held = self.by_name[module]._parameters.values()
-        if not any(self.name_of(p) == owner for p in held):  # a tied one has several owners
+        held = self.by_name[module]._parameters
+        if owner not in [self.name_of(p) for p in held.values()]:  # a tied one has several owners
             module = owner.rpartition(".")[0]
         if isinstance(getattr(self.by_name.get(module), name, None), (int, tuple)):
             self.attributes[module, name] = maps[0].reshape(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,45 @@ def test_iterative_steps() -> None:
         with accelerate():
             inside.step()
     equal(outside.model, inside.model)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_outside_after_one_inside(case: str) -> None:
+    outside, mixed = pruner_of(case, iterative_steps=2), pruner_of(case, iterative_steps=2)
+    outside.step()
+    with accelerate():
+        mixed.step()
+    outside.step()
+    mixed.step()
+    equal(outside.model, mixed.model)
+    assert outside.pruning_history() == mixed.pruning_history()
+
+
+def test_the_pruner_holds_no_weight_of_the_dense_model() -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(4, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)),
+        torch.randn(2, 4),
+    )
+    pruner = tp.pruner.BasePruner(
+        model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[model[4]]
+    )
+    dense = weakref.ref(model[2].weight)
+    with accelerate():
+        pruner.step()
+    assert model[2].weight.shape == (64, 64)
+    assert dense() is None
+
+
+def test_a_loss_computed_before_a_step_still_finds_the_weights_whole() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 128), nn.ReLU(), nn.Linear(128, 2)), torch.randn(2, 4, requires_grad=True)
+    pruner = tp.pruner.BasePruner(
+        model, x, tp.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[model[2]]
+    )
+    loss = model(x).square().sum()
+    (wanted,) = torch.autograd.grad(loss, x, retain_graph=True)
+    with accelerate():
+        pruner.step()
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], wanted)
 
 
 def test_an_interactive_step() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .autograd_graph import let_go
 from .importance import LookUp, MissingGradient, places, reduced
 from .library import tp
 from .pending import Pending, as_indices
@@ -149,6 +150,7 @@ class Acceleration:
 
     def step(self, original: Callable[..., Any], pruner: Any, interactive: bool = False) -> Any:
         """In place of a pruner's step: what it ranks is summed in one pass, what it prunes is sliced in one launch."""
+        let_go(pruner.DG)
         if interactive:
             return self._interactive(original, pruner)
         with self.ranking():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ def contract(
     """Join in a space whose last dim is contracted; the label maps that are left, and those that were contracted."""
     last = len(sa) - 1
     joined = op.walk.graph.join(a, sa, b, sb, op.place, summed=(last,))
-    total = int(np.prod([max(m, n) for m, n in zip(sa, sb)], dtype=np.int64))
+    total = math.prod([max(m, n) for m, n in zip(sa, sb)])
     op.walk.cost(op.place, total, joined, attention)
     left = tuple([x.reshape(x.shape[:-1]) for x in joined if x.shape[-1] == 1])
     return left, tuple([x for x in joined if x.shape[-1] > 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def convolution(
         out = op.run()
     n_spatial = weight.dim() - 2
     channels, batch = _input_labels(op, x, n_spatial)
-    cin, cout, depthwise = _join_weight(op, channels, weight, groups, transposed)
+    of_weight = _weight_labels(op, weight)
+    cin, cout, depthwise = _join_weight(op, channels, weight, of_weight, groups, transposed)
     axis = out.dim() - n_spatial - 1
     maps: LabelMaps = ()
     if batch is not None:  # resamplers put channels there, one by one through a kernel
@@ -43,9 +45,9 @@ def convolution(
         view[axis] = -1
         maps = (*maps, cout.reshape(view))
     maps = join_vector(op, maps, out.shape, bias, axis)
-    pixels = int(np.prod(x.shape[-n_spatial:] if transposed else out.shape[-n_spatial:], dtype=np.int64))
+    pixels = math.prod(x.shape[-n_spatial:] if transposed else out.shape[-n_spatial:])
     macs = (out.shape[0] if axis else 1) * pixels * weight.numel()
-    rows, cols = (cin, cout) if is_diagonal(weight) else _weight_labels(op, weight)
+    rows, cols = (cin, cout) if is_diagonal(weight) else of_weight
     walk.cost(op.place, macs, tuple([y for y in (rows, cols, batch) if y is not None]))
     if cin is not None:
         walk.attribute(weight, "in_channels", cin)
@@ -123,12 +125,17 @@ def _tile(label_map: LabelMap | None, size: int, groups: int) -> LabelMap | None
 
 
 def _join_weight(
-    op: Operation, x: LabelMap | None, weight: Tensor, groups: int, transposed: bool
+    op: Operation,
+    x: LabelMap | None,
+    weight: Tensor,
+    of_weight: tuple[LabelMap | None, LabelMap | None],
+    groups: int,
+    transposed: bool,
 ) -> tuple[LabelMap | None, LabelMap | None, bool]:
     """Join a convolution's input; the labels of its input and output channels, and whether it is depthwise."""
     if is_diagonal(weight) and groups == 1:
         return x, x, False
-    rows, cols = _weight_labels(op, weight)
+    rows, cols = of_weight
     n0, n1 = weight.shape[0], weight.shape[1]
     if groups == 1:
         _join_input(op, x, rows if transposed else cols)

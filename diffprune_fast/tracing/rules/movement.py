@@ -14,7 +14,7 @@ from ..constants import is_diagonal, varying_shape
 from ..labels import LabelMap, LabelMaps, Labels, compress, varying
 from ..scale_folding import targets_of_sum
 from ..walk import Walk
-from .registry import Operation, align, apply_rule, dims_of, each, pad_shape, rule, rule_of_first
+from .registry import Operation, align, apply_rule, dims_of, each, empty_output, pad_shape, rule, rule_of_first
 
 aten = torch.ops.aten
 
@@ -213,11 +213,25 @@ def _is_mask(ids: Tensor) -> bool:
     return ids.dtype == torch.bool and ids.device.type != "meta"
 
 
+def _side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
+    """The output of cat where all operands are on meta and alike but for the dim; None: it has to be run."""
+    if not tensors or not all(t.is_meta and t.dtype == tensors[0].dtype for t in tensors):
+        return None
+    shapes = [list(t.shape) for t in tensors]
+    if any(len(s) != len(shapes[0]) for s in shapes) or not -len(shapes[0]) <= dim < len(shapes[0]):
+        return None
+    shape = [*shapes[0]]
+    shape[dim] = sum([s.pop(dim) for s in shapes])
+    return empty_output(shape, tensors[0]) if all(s == shapes[0] for s in shapes) else None
+
+
 @rule("cat", "concat", "concatenate")
 def cat(op: Operation, operands: Sequence[Tensor], dim: int = 0) -> Any:
     """Labels side by side along the dim; along every other dim they meet."""
     walk, tensors = op.walk, [t for t in operands if t.dim() > 1 or t.numel()]
-    out = op.run()
+    out = _side_by_side(tensors, dim)
+    if out is None:
+        out = op.run()
     dim %= out.dim()
     along: dict[tuple[int, ...], list[np.ndarray | None]] = {}
     across: list[tuple[LabelMaps, Sequence[int]]] = []
