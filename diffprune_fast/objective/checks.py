@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,8 @@ FARTHEST = 100.0
 # Of a batch of images: less than half a step of 8 bits.
 CONSTANT = 1 / 512
 
+_SUMMED = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
 
 def check_weights(model: nn.Module) -> torch.device:
     """The one device that the model's parameters are on.
@@ -39,7 +42,7 @@ def check_weights(model: nn.Module) -> torch.device:
             if device is not None and tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device}, others are on {device}: move the model to one device")
             device = tensor.device
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not _sums_up(tensor):
             # A buffer may be infinite on purpose (attention masks).
             bad = ~tensor.isfinite() if isinstance(tensor, nn.Parameter) else tensor.isnan()
             if bool(bad.any()):
@@ -47,6 +50,11 @@ def check_weights(model: nn.Module) -> torch.device:
     if device is None:
         raise ValueError(f"{type(model).__name__} has no parameters to score")
     return device
+
+
+def _sums_up(tensor: Tensor) -> bool:
+    """Whether the sum is finite, so that every value is: one pass without temporaries. (Large values may overflow.)"""
+    return tensor.dtype in _SUMMED and math.isfinite(tensor.detach().sum().item())
 
 
 def check_whole(model: nn.Module) -> None:
