@@ -124,6 +124,19 @@ def _frozen_reasons(plan: dpf.Plan, row: Row) -> None:
             row.whole[reason_of(reason)] += int(np.prod(plan.shapes[name])) / max(dims, 1) / total
 
 
+def describe(row: Row, plan: dpf.Plan, ratio: float) -> None:
+    """Fill in what the table says of a plan."""
+    row.groups = len(plan.groups)
+    small = prunable(plan)
+    row.share = sum(int(np.prod(plan.shapes[n])) for n in small) / plan.params()
+    row.dims = prunable_dims(plan)
+    _frozen_reasons(plan, row)
+    if not plan.groups:
+        raise AssertionError("no group can be pruned")
+    row.left = plan.params(random_keep(plan, ratio, 0, "count")) / plan.params()
+    row.error = 0.0
+
+
 def measure(case: Case, ratio: float, seeds: int, oracle: bool) -> Row:
     row = Row(case.name)
     try:
@@ -135,19 +148,11 @@ def measure(case: Case, ratio: float, seeds: int, oracle: bool) -> Row:
         started = time.perf_counter()
         plan = dpf.trace(model, case.example_inputs)
         row.trace_seconds = time.perf_counter() - started
-        row.groups = len(plan.groups)
-        small = prunable(plan)
-        row.share = sum(int(np.prod(plan.shapes[n])) for n in small) / plan.params()
-        row.dims = prunable_dims(plan)
-        _frozen_reasons(plan, row)
-        if not plan.groups:
-            raise AssertionError("no group can be pruned")
-        row.left = plan.params(random_keep(plan, ratio, 0, "count")) / plan.params()
-        row.error = 0.0
+        describe(row, plan, ratio)
         for run in ("exact", "uneven", "count", "heads") if oracle else ():
             units = plan if run != "heads" else dpf.trace(model, case.example_inputs, units="heads")
             for seed in range(seeds):
-                error, _ = compare(case, units, ratio, seed, run)
+                error, _ = compare(case, model, units, ratio, seed, run)
                 row.error = max(row.error, error) if not math.isnan(error) else math.inf
         if not row.exact:
             row.problem = f"not exact: {row.error:.1e}"
@@ -210,17 +215,19 @@ def _section(title: str, rows: list[Row]) -> list[str]:
         "| Architecture | Groups | Prunable | Dims | Left | Seconds to trace | What stays, and why |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for r in rows:
-        if r.exact:
-            lines.append(
-                f"| {r.name} | {r.groups} | {_percent(r.share)} | {_percent(r.dims)} | {_percent(r.left)} "
-                f"| {r.trace_seconds:.2f} | {_cell(reasons(r))} |"
-            )
+    lines += [line_of(r) for r in rows if r.exact]
     rest = [r for r in rows if not r.exact]
     if rest:
         lines += ["", "Refused before anything changes:", "", "| Architecture | Why |", "| --- | --- |"]
         lines += [f"| {r.name} | {_cell(r.problem)} |" for r in rest]
     return lines
+
+
+def line_of(r: Row) -> str:
+    return (
+        f"| {r.name} | {r.groups} | {_percent(r.share)} | {_percent(r.dims)} | {_percent(r.left)} "
+        f"| {r.trace_seconds:.2f} | {_cell(reasons(r))} |"
+    )
 
 
 def _cell(text: str) -> str:

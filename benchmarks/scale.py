@@ -1,6 +1,7 @@
 """What scoring and compensation cost on several ranks: passes, bytes summed over ranks, bytes of state.
 
-``python benchmarks/scale.py`` runs a small UNet on one and on two gloo ranks and writes ``results/scale.json``.
+``python benchmarks/scale.py`` runs a small UNet on one and on two gloo ranks, and sharded over two, and writes
+``results/scale.json``.
 """
 
 from __future__ import annotations
@@ -73,22 +74,42 @@ class Counted:
             handle.remove()
 
 
-def measure(folder: str) -> dict[str, Any]:
-    dense, loader, scheduler = model(), images(), DDPMScheduler()
-    plan = dpf.trace(dense)
-    path = f"{folder}/state"
-    with Counted(dense) as scoring:
+def scored(dense: UNet2DModel, plan: dpf.Plan, path: str | None) -> tuple[Any, dict[str, int]]:
+    """The scores, and what was counted."""
+    with Counted(dense) as found:
         scores = score(
             dense,
-            loader,
+            images(),
             plan,
-            scheduler=scheduler,
+            scheduler=DDPMScheduler(),
             micro_batch=MICRO,
             max_samples=SCORED,
             agreement=1.0,
             checkpoint=path,
             progress=False,
         )
+    return scores, dict(found)
+
+
+def measure_sharded() -> dict[str, Any]:
+    """Of a model that is spread over the ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.device_mesh.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    dense: Any = model()
+    for block in [*dense.down_blocks, dense.mid_block, *dense.up_blocks]:
+        fully_shard(block)
+    fully_shard(dense)
+    held = sum(p.to_local().numel() for p in dense.parameters())
+    scores, scoring = scored(dense, dpf.trace(dense), None)
+    return {"samples": {"scores": scores.samples}, "parameters held": held, "scoring": scoring}
+
+
+def measure(folder: str) -> dict[str, Any]:
+    dense, loader, scheduler = model(), images(), DDPMScheduler()
+    plan = dpf.trace(dense)
+    path = f"{folder}/state"
+    scores, scoring = scored(dense, plan, path)
     sliced = dpf.score_and_prune(
         dense, None, criterion="magnitude", ratio=0.3, compensate=False, inplace=False, progress=False
     )
@@ -100,7 +121,7 @@ def measure(folder: str) -> dict[str, Any]:
         "units": plan.n_units,
         "parameters": sum(p.numel() for p in dense.parameters()),
         "samples": {"scores": scores.samples, "compensation": done.samples},
-        "scoring": dict(scoring),
+        "scoring": scoring,
         "compensation": dict(solving),
         "state bytes": os.path.getsize(path) if os.path.exists(path) else None,
         "solved layers": len(done.layers),
@@ -113,10 +134,10 @@ def _has_matrix(result: Any, name: str) -> bool:
     return dict(result.model.named_modules())[name].weight.ndim > 1
 
 
-def rank_main(rank: int, ranks: int, folder: str) -> None:
+def rank_main(rank: int, ranks: int, folder: str, sharded: bool) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    found = measure(folder)
+    found = measure_sharded() if sharded else measure(folder)
     Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -125,10 +146,11 @@ def main() -> None:
     import torch.multiprocessing as mp
 
     results = {}
-    for ranks in (1, 2):
+    for name, ranks, sharded in (("1 ranks", 1, False), ("2 ranks", 2, False), ("2 ranks, sharded", 2, True)):
         with tempfile.TemporaryDirectory() as folder:
-            mp.start_processes(rank_main, (ranks, folder), nprocs=ranks, start_method=os.environ.get("START", "spawn"))
-            results[f"{ranks} ranks"] = [json.loads(Path(f"{folder}/{r}.json").read_text()) for r in range(ranks)]
+            how = os.environ.get("START", "spawn")
+            mp.start_processes(rank_main, (ranks, folder, sharded), nprocs=ranks, start_method=how)
+            results[name] = [json.loads(Path(f"{folder}/{r}.json").read_text()) for r in range(ranks)]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 

@@ -31,6 +31,8 @@ CompensationMode = Literal["auto", "full", "channels"]
 RecoveryLoss = Literal["noise", "distillation", "mixed", "features", "second-order"]
 # Sampling: how DDIM's timesteps are spaced, see `sample`.
 Spacing = Literal["uniform", "quadratic"]
+# Sampling: diffusers' caches, see `sample`.
+Cache = Literal["first-block", "pyramid-attention", "faster-cache"]
 # Evaluation: the network of LPIPS.
 Backbone = Literal["alex", "vgg", "squeeze"]
 Precision = Literal["no", "bf16", "fp16"]

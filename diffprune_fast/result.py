@@ -15,16 +15,19 @@ import numpy as np
 from torch import nn
 
 from .checkpoint.manifest import pack_runs
-from .checkpoint.saving import save
+from .checkpoint.saving import files_of, save
 from .compensation.compensate import Compensation
 from .footprint.promise import Promise
 from .objective.isolation import unwrapped
+from .objective.ranks import rank_and_count
+from .objective.shards import fsdp_modules
 from .plan.plan import Complexity, Plan, unreached
 from .pruned.record import attach_record, is_settable, record_of
 from .report.card import CARD, TAG, facts_of, write_card
 from .report.figures import kept_channels, loss_curve
 from .report.page import write_report
 from .report.table import Measured
+from .report.whole import kept_whole
 from .rotation.rotate import Rotation
 from .scoring.scores import BlockScores, Scores
 from .selection.select import Selection
@@ -86,16 +89,23 @@ class PruneResult:
     pipeline: Any = None
     component: str | None = None
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
         """Write safetensors, ``config.json`` and ``diffprune.json`` into ``directory``; the whole pipeline, if one was
-        given.
+        given. variant: a part of the weights' names (``"fp16"``). max_shard_size: the most bytes of one file of them.
 
         Raises ValueError where the pipeline doesn't have the pruned component any more; CheckpointError for a model
         without memory or with state that isn't tensors; OSError from the disk.
         """
+        how: Any = {"variant": variant, "max_shard_size": max_shard_size}
         if self.pipeline is None:
-            save(self.model, directory)
-            return _card(directory)
+            save(self.model, directory, **how)
+            return None if fsdp_modules(self.model) and rank_and_count()[0] else _card(directory)
         assert self.component is not None
         held = self.pipeline.components.get(self.component)
         if held is None or unwrapped(held) is not self.model:
@@ -103,21 +113,37 @@ class PruneResult:
                 f"the pipeline's {self.component} is not the pruned one any more: put result.model back, or save what "
                 "there is with the pipeline's own save_pretrained"
             )
-        self.pipeline.save_pretrained(directory)
+        self.pipeline.save_pretrained(directory, **how)
         _card(directory)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> str:
         """Save into a repository of the Hugging Face hub, which is made if need be; gives the commit's address.
 
-        Raises what :meth:`save_pretrained` raises, and the hub's errors.
+        A former upload's shards and lists of them go. variant, max_shard_size: see :meth:`save_pretrained`.
+        Raises what that raises, and the hub's errors.
         """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
+            self.save_pretrained(directory, variant=variant, max_shard_size=max_shard_size)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="A pruned model"))
+            of_before = [f"{self.component}/{p}" if self.component else p for p in files_of(variant).patterns]
+            message = commit_message or f"{type(self.model).__name__}, pruned"
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=directory, commit_message=message, delete_patterns=of_before
+                )
+            )
 
     def report(self, path: str | os.PathLike[str], *, title: str = "") -> Path:
         """Write a page of what is known without further measuring: budget, losses before and after compensation, what
@@ -132,11 +158,12 @@ class PruneResult:
             Measured("original", *self._cost(self.before), stages={"": {"loss": solved.dense}} if solved else {}),
             Measured("pruned", *self._cost(self.after), stages={stage: {"loss": loss} for stage, loss in losses}),
         ]
+        whole = kept_whole(self.plan, self.keep)
         figures = {"Kept channels": (kept_channels(self.plan, self.keep), "Each bar is a group, and what stays of it.")}
         if self.scores is not None and self.scores.curve is not None:
             about = "Channels are scored at the timesteps whose loss is above the threshold."
             figures["Which timesteps count"] = (loss_curve(self.scores.curve), about)
-        return write_report(Path(path), rows, figures, title=title or f"{name}, pruned", result=self)
+        return write_report(Path(path), rows, figures, title=title or f"{name}, pruned", result=self, whole=whole)
 
     @staticmethod
     def _cost(of: Complexity) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from .choices import CompensationMode, Layouts, NormGroups, Units
 from .depth.shallower import Budget, Shallower, shallower
 from .objective.batches import replayed
 from .objective.calls import first_call
+from .objective.checks import check_whole
 from .ops.slice_channels import Step
 from .pipelines.encoding import example_call
 from .pipelines.target import are_prompts, find_target, own_loader
@@ -31,6 +32,7 @@ from .rotation.rotate import Rotation, rotate_heads
 from .scoring.criteria import CRITERIA
 from .scoring.score import score
 from .scoring.scores import rehearsed_scores
+from .selection.budgets import Budget as OneBudget
 from .selection.costs import Cost
 from .selection.select import Selection, select
 from .sensitivity.measure import measure_sensitivities
@@ -64,7 +66,7 @@ class Stages:
         selecting: dict[str, Any],
     ) -> None:
         """As :func:`score_and_prune`; scoring, selecting: further options of ``score`` and ``select``."""
-        self.budget, self.promised = budget, measurable(budget)
+        self.budget = budget
         self.inplace, self.optimizer, self.norm_groups = inplace, optimizer, norm_groups
         self.mode, self.seed = compensate, seed
         self.scoring, self.selecting = scoring, selecting
@@ -76,6 +78,7 @@ class Stages:
             loader = self.own = found
         self.target = find_target(model, component, loader, {**scoring, **selecting})
         self.dense = self.target.model
+        check_whole(self.dense)
         check_optimizer(self.dense, optimizer, inplace)
         scoring["scheduler"] = self.target.scheduler
         self.training = {"seed": seed, "scheduler": self.target.scheduler, "loss_fn": scoring.get("loss_fn")}
@@ -91,6 +94,11 @@ class Stages:
         self.rotation: Rotation | None = None
         self.seconds: dict[str, float] = {}
         self._back = gradients_as_now()  # what gives everything back as it was, until the commit begins
+
+    @property
+    def promised(self) -> tuple[OneBudget, ...]:
+        """What of the budget is measured on the device."""
+        return measurable(self.budget)
 
     def drop_blocks(self, which: int | str | Sequence[str], plan: Plan | None) -> None:
         """Takes whole residual blocks out; what the budget asks for is of the model with them."""
@@ -128,7 +136,7 @@ class Stages:
 
     def ask(self, budget: Budget, *, like: Any = None, layout: Layouts = "free") -> None:
         """Says what the result is to be: the best under a budget, or a config's."""
-        self.budget, self.promised = budget, measurable(budget)
+        self.budget = budget
         self.wish = wish_for(
             self.dense,
             like=like,

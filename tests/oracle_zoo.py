@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from models import Case
-from oracle import kept_statistics, masked_dense, random_keep, randomised
-from torch import Tensor
+from oracle import kept_statistics, masked_dense, random_keep
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import diffprune_fast as dpf
@@ -124,20 +124,19 @@ def uneven_keep(plan: dpf.Plan, ratio: float, seed: int) -> dict[str, np.ndarray
     return selection.keep
 
 
-def compare(case: Case, plan: dpf.Plan, ratio: float, seed: int, run: str) -> tuple[float, float]:
-    """Prune a random keep-set: the error against the masked dense model, and the share of parameters left."""
-    torch.manual_seed(0)
-    model = randomised(case.make(), seed)
+def compare(case: Case, model: nn.Module, plan: dpf.Plan, ratio: float, seed: int, run: str) -> tuple[float, float]:
+    """Prune a random keep-set of the traced model, which stays as it is: the error of the sliced copy against the
+    masked dense model, and the share of parameters left."""
     norm_groups = "exact" if run == "exact" else "count"
     uneven = run in ("uneven", "heads")
     keep = uneven_keep(plan, ratio, seed) if uneven else random_keep(plan, ratio, seed, norm_groups)
     dense = masked_dense(model, plan, keep)
     with torch.no_grad(), Float64Throughout():
         unpruned = case.run(model)
-    result = dpf.prune(model, plan, keep, norm_groups=norm_groups, example_inputs=case.example_inputs)
+    result = dpf.prune(model, plan, keep, norm_groups=norm_groups, example_inputs=case.example_inputs, inplace=False)
     with torch.no_grad(), Float64Throughout():
         with mean_sizes() as sizes:
-            got = case.run(model)
+            got = case.run(result.model)
         with kept_statistics(norm_groups), spelled_statistics(sizes):
             want = case.run(dense)
     scale = want.abs().max().item()

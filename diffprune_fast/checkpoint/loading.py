@@ -21,16 +21,18 @@ from ..pruned.passthrough import drop_again
 from ..pruned.record import Record, attach_record, from_json, is_settable
 from .building import MOST_MODULES, at_most_modules, check_finite, check_positions, numbers_in
 from .errors import CheckpointError
-from .hub import folder_of
+from .hub import INDEX, folder_of
 from .manifest import (
     BUFFERS,
     CONFIG,
     MANIFEST,
     _sha256,
+    check_variant,
+    of_variant,
     pack_runs,
     read_manifest,
     unpack_runs,
-    weights_file,
+    weights_files,
 )
 from .reading import check_file, check_harmless, read_json
 from .replacing import place_of
@@ -46,6 +48,7 @@ def from_pretrained(
     verify: bool = True,
     subfolder: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
 ) -> nn.Module:
     """Load a pruned model, in evaluation mode, onto ``device`` (None: the CPU).
 
@@ -60,12 +63,14 @@ def from_pretrained(
         verify: compare the weights' SHA-256 with the manifest; False for weights replaced on purpose.
         subfolder: of the directory or repository.
         revision: of the repository: a branch, a tag or a commit.
+        variant: that it was saved as, such as ``"fp16"``.
 
     Returns:
         The pruned model; its own ``save_pretrained`` writes the same format again.
 
     Raises:
         CheckpointError: something is missing, cut short or contradictory.
+        ValueError: a variant that no file can be named by.
 
     Example:
         >>> import tempfile
@@ -80,9 +85,10 @@ def from_pretrained(
         >>> loaded[0]
         Linear(in_features=4, out_features=8, bias=True)
     """
-    directory = folder_of(directory, subfolder, revision)
+    check_variant(variant)
+    directory = folder_of(directory, subfolder, revision, variant)
     try:
-        shaped = _loaded(directory, model, verify)
+        shaped = _loaded(directory, model, verify, variant)
     except CheckpointError:
         raise
     except Exception as e:  # a manifest that is well formed and nonsense fails wherever it is first believed
@@ -108,12 +114,15 @@ def _align(model: nn.Module) -> None:
             t.data = t.detach().clone()
 
 
-def _loaded(directory: Path, model: nn.Module | None, verify: bool) -> nn.Module:
-    if (directory / "model_index.json").exists():
+def _loaded(directory: Path, model: nn.Module | None, verify: bool, variant: str | None) -> nn.Module:
+    if (directory / INDEX).exists():
         raise CheckpointError(f"{directory} is a whole pipeline: load it with pipeline_from_pretrained")
-    manifest = read_manifest(directory)
-    state = _read_tensors(directory, weights_file(manifest), manifest, verify)
-    buffers = _read_tensors(directory, BUFFERS, manifest, verify) if BUFFERS in manifest["sha256"] else {}
+    manifest = read_manifest(directory, variant)
+    state: dict[str, torch.Tensor] = {}
+    for name in weights_files(manifest, variant):
+        state |= _read_tensors(directory, name, manifest, verify)
+    unsaved = of_variant(BUFFERS, variant)
+    buffers = _read_tensors(directory, unsaved, manifest, verify) if unsaved in manifest["sha256"] else {}
     _check_names({**state, **buffers}, manifest)
     check_finite(state.items())
 

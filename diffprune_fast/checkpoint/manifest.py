@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,19 @@ MANIFEST = "diffprune.json"
 MOST_UNITS = 1 << 24
 
 
-def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The checked contents of ``diffprune.json``, with ``keep`` as index arrays.
+def read_manifest(directory: str | os.PathLike[str], variant: str | None = None) -> dict[str, Any]:
+    """The checked contents of ``diffprune.json``, or of a variant's, with ``keep`` as index arrays.
 
     Raises CheckpointError where it is missing, isn't JSON, or lacks what it must have.
     """
-    path = place_of(Path(directory), MANIFEST)
+    path = place_of(Path(directory), of_variant(MANIFEST, variant))
     try:
         manifest = read_json(path, Path(directory))
     except FileNotFoundError:
+        there = sorted(p.name for p in Path(directory).glob(of_variant(MANIFEST, "*")))
+        hint = f" (there is {', '.join(there)}: give variant=)" if there else ""
         raise CheckpointError(
-            f"{path} is missing: {Path(directory)} is not a pruned model, or its saving broke off; save it again"
+            f"{path} is missing: {Path(directory)} is not a pruned model, or its saving broke off; save it again{hint}"
         ) from None
     _check_format(manifest, path)
     for name, kind in _FIELDS.items():
@@ -164,11 +167,25 @@ BUFFERS = "diffprune_buffers.safetensors"  # buffers that a state dict leaves ou
 CONFIG = "config.json"
 
 
-def weights_file(manifest: Mapping[str, Any]) -> str:
-    """The file that a manifest's weights are in; older versions wrote most of them under diffusers' own name."""
-    if PRUNED_WEIGHTS in manifest["sha256"] or manifest["dropped"]:
-        return PRUNED_WEIGHTS
-    return WEIGHTS
+def of_variant(name: str, variant: str | None) -> str:
+    """A file's name for a variant of the weights, as diffusers has it: ``diffprune.fp16.json``."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def check_variant(variant: str | None) -> None:
+    """Raises ValueError for what can't be a part of a file's name."""
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
+        raise ValueError(f"variant={variant!r}: give letters and digits, such as fp16")
+
+
+def weights_files(manifest: Mapping[str, Any], variant: str | None = None) -> list[str]:
+    """The files that a manifest's weights are in; older versions wrote most of them under diffusers' own name."""
+    for name in (of_variant(PRUNED_WEIGHTS, variant), of_variant(WEIGHTS, variant)):
+        shard = re.compile(re.escape(name.removesuffix(".safetensors")) + r"(-\d{5}-of-\d{5})?\.safetensors")
+        if found := sorted(file for file in manifest["sha256"] if shard.fullmatch(file)):
+            return found
+    return [of_variant(PRUNED_WEIGHTS if manifest["dropped"] else WEIGHTS, variant)]
 
 
 def _sha256(path: Path) -> str:

@@ -155,7 +155,7 @@ def _check_entry(path: Path, root: Path) -> None:
         raise CheckpointError(f"{path} can't be followed ({e}): copy it again") from e
     if path.name == "adapter_config.json":
         raise CheckpointError(f"{path} makes loaders look for another model: merge the adapter and save the model")
-    if path.name.endswith(".safetensors.index.json"):  # lists of pickles are not looked at by anybody
+    if ".safetensors.index." in path.name:  # of a variant too; lists of pickles are not looked at by anybody
         _check_shards(path, root)
 
 

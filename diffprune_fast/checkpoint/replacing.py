@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 STAGED = ".diffprune-"
@@ -28,7 +29,7 @@ def place_of(directory: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class FileSet:
-    """The names of a set of files.
+    """The names of a set of files, or patterns of such.
 
     first: always there, and moved first. describes: what readers with rules of their own read ``last`` by; where it
     changes, ``last`` is away until it comes: they find the set incomplete, never mixed. others: the rest.
@@ -38,6 +39,11 @@ class FileSet:
     describes: str
     last: tuple[str, ...]
     others: tuple[str, ...] = ()
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Of all that is of this set alone."""
+        return (self.first, *self.last, *self.others)
 
 
 def replace_files(directory: Path, files: FileSet, write: Callable[[Path], None]) -> None:
@@ -77,13 +83,17 @@ def _finish(directory: Path, files: FileSet) -> None:
     waiting = {path.name for path in commit.iterdir()}
     if files.first in waiting:  # nothing has been moved yet
         changed = not _same(commit / files.describes, directory / files.describes)
-        for name in (*files.last, *files.others):
-            if name not in waiting or (changed and name in files.last):
-                (directory / name).unlink(missing_ok=True)
-    for name in sorted(waiting, key=lambda n: (n != files.first, n in files.last)):
+        for path in [path for pattern in (*files.last, *files.others) for path in directory.glob(pattern)]:
+            if path.name not in waiting or (changed and _is_one(path.name, files.last)):
+                path.unlink(missing_ok=True)
+    for name in sorted(waiting, key=lambda n: (n != files.first, _is_one(n, files.last))):
         os.replace(commit / name, directory / name)
     commit.rmdir()
     _to_disk(directory)
+
+
+def _is_one(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _same(one: Path, two: Path) -> bool:

@@ -51,5 +51,5 @@ class PrunedClass:
         return model, {k: v for k, v in dict(config).items() if k not in known and not k.startswith("_")}
 
     def from_pretrained(self, directory: str | os.PathLike[str], subfolder: str | None = None, **options: Any) -> Any:
-        """:func:`from_pretrained` of the folder."""
-        return from_pretrained(Path(directory) / (subfolder or ""), **options)
+        """:func:`from_pretrained` of the folder, or of the hub."""
+        return from_pretrained(directory, subfolder=subfolder, **options)

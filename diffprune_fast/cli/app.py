@@ -27,7 +27,13 @@ INDEX = "model_index.json"
 # What shows that a folder was written here.
 RUN, RESULT = "run.json", "evaluation.json"
 
-ModelDir = Annotated[Path, typer.Argument(help="Folder of a diffusers model or pipeline, pruned before or not.")]
+ModelDir = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a diffusers model or pipeline, pruned before or not; or its name on the hub: user/repo, "
+        "user/repo@revision."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is in --out.")]
 # Optional, not | None: typer on Python 3.10.
 Component = Annotated[Optional[str], typer.Option(help="Of a pipeline. Default: its denoiser.")]  # noqa: UP045

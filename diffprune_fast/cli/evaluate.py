@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -26,7 +27,7 @@ from .app import (
 )
 from .loading import Opened, open_images, open_model
 from .prune import rehearsed, traced
-from .sampling import DdimSpacing, Labels, Prompts, Sampling, Solver, sampling_of, save_images
+from .sampling import Cached, DdimSpacing, Labels, Prompts, Sampling, Solver, sampling_of, save_images
 
 
 @app.command()
@@ -65,6 +66,7 @@ def evaluate(
     prompts: Prompts = None,
     solver: Solver = None,
     spacing: DdimSpacing = "uniform",
+    cache: Cached = None,
     held_out: Annotated[int, typer.Option(help="Images for the loss.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 64,
     batch_sizes: Annotated[str, typer.Option(help="At which a forward is timed.")] = "1,8",
@@ -83,7 +85,7 @@ def evaluate(
         from ..evaluation.evaluate import evaluate as measure
 
         ran = Ran(context)
-        sampling = sampling_of(max(n, 1), steps, batch_size, labels, prompts, solver, spacing)
+        sampling = sampling_of(max(n, 1), steps, batch_size, labels, prompts, solver, spacing, cache)
         sizes, more = _numbers(batch_sizes), _scorers(lpips, clip, sampling, dense)
         if seeds < 1:
             raise ValueError(f"--seeds {seeds}: give at least 1")
@@ -91,13 +93,15 @@ def evaluate(
         opened = open_model(model_dir, component, scheduler, device)
         held = open_images(opened, images, size, batch_size, seed, skip_unreadable, say)
         made = _Made(sampling, opened)
-        like = None if dense is None else _Made(sampling, open_model(dense, component, scheduler, device))
+        as_trained = replace(sampling, cache=None)
+        like = None if dense is None else _Made(as_trained, open_model(dense, component, scheduler, device))
         extractor = found = None
         if features is not None:
             extractor, found = _reference(features, reference, reference_images or images, opened, size, held)
+        batch = held.first(held_out)
         result = measure(
             opened.model,
-            held.first(held_out),
+            batch,
             opened.scheduler,
             samples=made if n else None,
             dense_samples=like if n else None,
@@ -106,7 +110,7 @@ def evaluate(
             more=more,
             seeds=range(seed, seed + seeds),
             batch_sizes=sizes,
-            example_inputs=_example(opened),
+            example_inputs=_example(opened, batch),
         )
         emptied(out)
         if n:
@@ -174,12 +178,15 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise ValueError(f"--batch-sizes {text}: give numbers with commas between, such as 1,8") from None
 
 
-def _example(opened: Opened) -> Any:
+def _example(opened: Opened, batch: Any) -> Any:
     from ..architectures.inputs import knows_inputs
+    from ..objective.calls import first_call
     from ..pipelines.encoding import example_call
 
-    if knows_inputs(opened.model) or opened.pipeline is None:
+    if knows_inputs(opened.model):
         return None
+    if opened.pipeline is None:
+        return first_call(opened.model, [batch], scheduler=opened.scheduler)[0]
     return example_call(opened.pipeline, opened.component)
 
 

@@ -37,6 +37,7 @@ def open_model(model_dir: Path, component: str | None, scheduler: Path | None, d
     """The model in ``model_dir``, or of a pipeline's the denoiser or the component that is named, on ``device``."""
     from ..pipelines.components import find_component, is_pipeline
 
+    model_dir = located(model_dir)
     trained_with, found = scheduler_of(model_dir, scheduler), load(model_dir).to(device_of(device))
     if not is_pipeline(found):
         if component is not None:
@@ -110,13 +111,24 @@ def image_size(model: Any, size: int | None) -> tuple[int, tuple[int, int]]:
     return channels, (height, width)
 
 
+def located(place: Path) -> Path:
+    """The folder ``place``, or what the hub has under such a name: ``user/repo``, ``user/repo@revision``."""
+    from ..checkpoint.hub import folder_of
+
+    if place.is_dir():
+        return place
+    name, _, revision = place.as_posix().partition("@")
+    folder = folder_of(name, revision=revision or None, pipelines=True)
+    if not folder.is_dir():
+        raise ValueError(f"{place} is neither a folder nor the name of a repository on the hub (user/repo)")
+    return folder
+
+
 def load(model_dir: Path, weights: bool = True) -> Any:
-    """The model or pipeline in a folder; a model without weights is on ``meta`` where that is possible."""
+    """The model or pipeline in a folder; without weights the model, on ``meta`` where that is possible."""
     from ..checkpoint.dense import model_in
 
-    if not model_dir.is_dir():
-        raise ValueError(f"{model_dir} is not a folder: download the model and give its folder")
-    if not (model_dir / INDEX).exists():
+    if not weights or not (model_dir / INDEX).exists():
         return model_in(model_dir, weights)
     from ..pipelines.loading import pipeline_from_pretrained
 

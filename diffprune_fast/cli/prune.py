@@ -34,7 +34,7 @@ from .app import (
     errors_in_one_line,
     say,
 )
-from .loading import device_of, image_loader, load, scheduler_of
+from .loading import device_of, image_loader, load, located, scheduler_of
 
 # The scoring's state in --out while it isn't finished.
 STATE = "scoring.pt"
@@ -153,6 +153,7 @@ def prune(
         if dry_run:
             how = {"norm_groups": norm_groups, "round_to": round_to, "ignore": ignore or (), "ranking": ranking}
             return say(rehearsed(traced(model_dir, component, units), {**budget, **how}, compensate, device))
+        model_dir = located(model_dir)
         trained_with = scheduler_of(model_dir, scheduler)
         model = load(model_dir).to(device_of(device))
         result = score_and_prune(
@@ -211,8 +212,8 @@ def traced(model_dir: Path, component: str | None, units: Units) -> Plan:
     from ..architectures.inputs import knows_inputs
     from ..tracing.trace import trace as trace_model
 
-    pipeline, name = _place(model_dir, component)
-    model = load(model_dir if name is None or pipeline != model_dir else model_dir / name, weights=False)
+    folder, pipeline, name = _place(located(model_dir), component)
+    model = load(folder, weights=False)
     if pipeline is None or knows_inputs(model):  # without a pipeline trace() says what is lacking
         return trace_model(model, units=units)
     from ..pipelines.components import find_component
@@ -222,21 +223,22 @@ def traced(model_dir: Path, component: str | None, units: Units) -> Plan:
     return trace_model(find_component(pipe, name)[1], example_call(pipe, name), units=units)
 
 
-def _place(model_dir: Path, component: str | None) -> tuple[Path | None, str | None]:
-    """The pipeline's folder that a model belongs to, and the model's name there; None where there is no pipeline."""
+def _place(model_dir: Path, component: str | None) -> tuple[Path, Path | None, str | None]:
+    """The model's folder, the pipeline's that it belongs to, and its name there; None where there is no pipeline."""
     from ..pipelines.components import DENOISERS
     from ..pipelines.index import read_index
+    from ..pipelines.loading import component_folder
 
     if not (model_dir / INDEX).exists():
         if component is not None:
             raise ValueError(f"--component {component} is for pipelines: there is no {INDEX} in {model_dir}")
         whole = model_dir.resolve()
-        return (whole.parent, whole.name) if (whole.parent / INDEX).exists() else (None, None)
-    parts = sorted(name for name, found in read_index(model_dir).components.items() if found is not None)
+        return (model_dir, whole.parent, whole.name) if (whole.parent / INDEX).exists() else (model_dir, None, None)
+    parts = {name: found for name, found in sorted(read_index(model_dir).components.items()) if found is not None}
     name = component or next((n for n in DENOISERS if n in parts), None)
-    if name not in parts:
+    if name is None or name not in parts:
         raise ValueError(f"{model_dir} has no {name or 'denoiser'}: give --component, one of {', '.join(parts)}")
-    return model_dir, name
+    return component_folder(model_dir, name, parts[name]), model_dir, name
 
 
 def _way_toload(result: PruneResult, out: Path) -> str:

@@ -13,6 +13,7 @@ from .prune import traced
 
 if TYPE_CHECKING:
     from ..report.table import Measured
+    from ..report.whole import Whole
 
 SHOWN = 24
 
@@ -35,7 +36,8 @@ def report(
         ran = Ran(context)
         check_out(out, None, force)
         found = [_evaluation(folder) for folder in evaluations]
-        figures = _samples(evaluations, found) | _curves(found, trained) | _pruning(pruned, dense)
+        shown, whole = _pruning(pruned, dense)
+        figures = _samples(evaluations, found) | _curves(found, trained) | shown
         made = [_command_of(folder) for folder in (pruned, trained) if folder is not None]
         out.parent.mkdir(parents=True, exist_ok=True)
         write_report(
@@ -46,6 +48,7 @@ def report(
             seeds=max(figure["n"] for x in found for figure in x["figures"].values()),
             notes={**_facts(pruned), **_of_training(trained), "machine of the figures": _machine(found[0]["run"])},
             code=_code(trained or pruned, [*made, *(x["run"]["command"] for x in found), ran.command]),
+            whole=whole,
         )
         say(f"saved: {out}")
 
@@ -107,17 +110,19 @@ def _curves(found: list[dict[str, Any]], trained: Path | None) -> dict[str, Any]
     return figures
 
 
-def _pruning(pruned: Path | None, dense: Path | None) -> dict[str, Any]:
-    """What stayed, and which timesteps counted; nothing for a folder without a manifest at its top."""
+def _pruning(pruned: Path | None, dense: Path | None) -> tuple[dict[str, Any], list[Whole]]:
+    """What stayed, which timesteps counted, why channels stayed; nothing for a folder without a manifest at its top."""
     import numpy as np
 
     from ..checkpoint.manifest import MANIFEST, read_manifest
     from ..report.figures import kept_channels, loss_curve
+    from ..report.whole import kept_whole
     from ..scoring.scores import LossCurve
 
     if pruned is None or not (pruned / MANIFEST).exists():
-        return {}
+        return {}, []
     figures: dict[str, Any] = {}
+    whole: list[Whole] = []
     manifest = read_manifest(pruned)
     if dense is not None:
         plans = (traced(dense, None, units) for units in ("auto", "dims", "heads"))
@@ -125,12 +130,13 @@ def _pruning(pruned: Path | None, dense: Path | None) -> dict[str, Any]:
         if plan is not None:
             text = "Channels that must be removed together form a group; each bar is one, and how much of it stays."
             figures["Kept channels"] = (kept_channels(plan, manifest["keep"]), text)
+            whole = kept_whole(plan, manifest["keep"])
     curve = (manifest.get("scores") or {}).get("curve")
     if curve is not None:
         found = LossCurve(np.array(curve["timesteps"]), np.array(curve["losses"]), curve["threshold"])
         text = "Channels are scored at the timesteps whose loss is above the threshold (Diff-Pruning, section 4.2)."
         figures["Which timesteps count"] = (loss_curve(found), text)
-    return figures
+    return figures, whole
 
 
 def _facts(pruned: Path | None) -> dict[str, str]:

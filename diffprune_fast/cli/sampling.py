@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..choices import Spacing
+from ..choices import Cache, Spacing
 from .app import Device, Force, ModelDir, Ran, app, check_out, emptied, errors_in_one_line, say
 from .loading import Opened, device_of, image_size, open_model
 
@@ -23,6 +23,10 @@ Labels = Annotated[
 Prompts = Annotated[Optional[Path], typer.Option(help="Of a pipeline from text: a file with a prompt on each line.")]  # noqa: UP045
 Solver = Annotated[Optional[str], typer.Option(help="A scheduler of diffusers to sample with. Default: DDIM.")]  # noqa: UP045
 DdimSpacing = Annotated[Spacing, typer.Option(help="Of DDIM's timesteps.")]
+Cached = Annotated[
+    Optional[Cache],  # noqa: UP045
+    typer.Option(help="Of diffusers, for transformers: leave out what changes little from step to step."),
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Sampling:
     prompts: tuple[str, ...] | None = None
     solver: str | None = None
     spacing: Spacing = "uniform"
+    cache: Cache | None = None
 
     def images(self, opened: Opened, seed: int, rows: slice = slice(None)) -> Any:
         """``(n, channels, height, width)`` in [-1, 1], on the CPU; of all n, those ``rows``."""
@@ -46,7 +51,7 @@ class Sampling:
         from ..objective.loss import dtype_of
 
         if opened.pipeline is not None:
-            return self._of_pipeline(opened.pipeline, seed)[rows]
+            return self._of_pipeline(opened, seed)[rows]
         if self.prompts is not None:
             raise ValueError("--prompts is for pipelines from text: this is a model alone")
         model, device = opened.model, next(opened.model.parameters()).device
@@ -67,22 +72,28 @@ class Sampling:
                 batch_size=self.batch_size,
                 solver=self.solver,
                 spacing=self.spacing,
+                cache=self.cache,
             )
             .float()
             .cpu()
         )
 
-    def _of_pipeline(self, pipe: Any, seed: int) -> Any:
+    def _of_pipeline(self, opened: Opened, seed: int) -> Any:
         import torch
 
+        from ..evaluation.caching import cached
         from ..evaluation.sampling import sampler
         from ..objective.batches import images_of
+        from ..pipelines.components import find_component
         from ..pipelines.own_samples import own_batches
 
         if self.labels is not None:
             raise ValueError("--labels is for models alone: a pipeline of classes takes them in turn")
         if self.spacing != "uniform":
             raise ValueError("--spacing quadratic is for models alone")
+        if self.cache is not None and self.steps == 1:
+            raise ValueError(f"--cache {self.cache}: a single step has no former one")
+        pipe = opened.pipeline
         before = pipe.scheduler
         try:
             if self.solver is not None:
@@ -90,13 +101,21 @@ class Sampling:
             made = own_batches(
                 pipe, self.prompts, n=self.n, steps=self.steps, seed=seed, batch=self.batch_size, progress=False
             )
-            return torch.cat([images_of(batch) for batch in made])
+            with cached(find_component(pipe)[1], self.cache):
+                return torch.cat([images_of(batch) for batch in made])
         finally:
             pipe.scheduler = before
 
 
 def sampling_of(
-    n: int, steps: int, batch_size: int, labels: str | None, prompts: Path | None, solver: str | None, spacing: Spacing
+    n: int,
+    steps: int,
+    batch_size: int,
+    labels: str | None,
+    prompts: Path | None,
+    solver: str | None,
+    spacing: Spacing,
+    cache: Cache | None = None,
 ) -> Sampling:
     """The options of the command line, checked. Raises ValueError."""
     from ..evaluation.sampling import scheduler_class
@@ -114,7 +133,7 @@ def sampling_of(
         texts = tuple(line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip())
         if not texts:
             raise ValueError(f"--prompts {prompts}: there is no line of text in it")
-    return Sampling(n, steps, batch_size, numbers, texts, solver, spacing)
+    return Sampling(n, steps, batch_size, numbers, texts, solver, spacing, cache)
 
 
 def _default(scheduler: Any) -> Any:
@@ -160,6 +179,7 @@ def sample(
     prompts: Prompts = None,
     solver: Solver = None,
     spacing: DdimSpacing = "uniform",
+    cache: Cached = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
     scheduler: Annotated[
         Optional[Path],  # noqa: UP045
@@ -172,7 +192,7 @@ def sample(
     """Make images: every one as a PNG, and a grid of them. Several processes (accelerate launch) share them out."""
     with errors_in_one_line():
         ran = Ran(context)
-        sampling = sampling_of(n, steps, batch_size, labels, prompts, solver, spacing)
+        sampling = sampling_of(n, steps, batch_size, labels, prompts, solver, spacing, cache)
         rank, ranks, wait = processes(device)
         if rank == 0:
             check_out(out, model_dir, force, empties=True)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..choices import Spacing, check_choice
+from ..choices import Cache, Spacing, check_choice
 from ..objective.isolation import in_mode
 from ..objective.loss import first_tensor
 from ..objective.randomness import own_randomness
+from .caching import cached
 from .quadratic import QuadraticDDIM
 
 
@@ -70,6 +71,7 @@ def sample(
     clamp: float | None = 1.0,
     solver: str | None = None,
     spacing: Spacing = "uniform",
+    cache: Cache | Any | None = None,
     **conditioning: Any,
 ) -> Tensor:
     """Images that ``model`` makes of ``noise``: the same noise gives the same images, on the noise's device.
@@ -86,13 +88,16 @@ def sample(
         solver: the name of another scheduler of diffusers to sample with, such as ``"DPMSolverMultistep"``; one that
             draws noise of its own draws the same every time.
         spacing: ``"quadratic"`` puts DDIM's timesteps closer together where there is little noise.
+        cache: ``"first-block"``, ``"pyramid-attention"`` or ``"faster-cache"``, or the config of such: one of
+            diffusers' caches, which leave out blocks or attentions that change little from step to step. None: none.
         conditioning: further keyword arguments of the model's forward; tensors of ``n`` rows are split with the noise.
 
     Returns:
         ``(n, channels, height, width)`` in the noise's dtype, clamped to [-1, 1], or [-clamp, clamp].
 
     Raises:
-        ValueError: ``steps`` or ``batch_size`` is below 1, or a name isn't known.
+        ValueError: ``steps`` or ``batch_size`` is below 1, a name isn't known, or a cache doesn't know the model's
+            blocks.
         FloatingPointError: the images are not finite.
 
     Example:
@@ -113,7 +118,8 @@ def sample(
         for start in range(0, len(noise), batch_size):
             rows = slice(start, start + batch_size)
             own = {k: v[rows] if _per_image(v, len(noise)) else v for k, v in conditioning.items()}
-            parts.append(_denoise(model, sampler(scheduler, steps, solver, spacing), noise[rows], own))
+            with cached(model, cache):
+                parts.append(_denoise(model, sampler(scheduler, steps, solver, spacing), noise[rows], own))
     images = torch.cat(parts)
     if not torch.isfinite(images).all():
         raise FloatingPointError(f"{type(model).__name__} made NaN or infinite images: its weights are not usable")

@@ -179,7 +179,8 @@ _registered: DiffPrune | None = None
 def _save(model: Any, model_path: str | Path, smash_config: Any) -> None:
     """As pruna saves any model of diffusers; what no config describes is loaded by this package."""
     original_save_fn(model, model_path, smash_config)
-    free = any(Path(model_path).glob(PRUNED_WEIGHTS)) or any(Path(model_path).glob(f"*/{PRUNED_WEIGHTS}"))
+    weights = PRUNED_WEIGHTS.replace(".", "*.")  # shards too
+    free = any(Path(model_path).glob(weights)) or any(Path(model_path).glob(f"*/{weights}"))
     smash_config.load_fns = [NAME if free else LOAD_FUNCTIONS.diffusers.name]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .conditioning import config_of, read_batch
 from .loss import LossFunction, images_of
 from .nested import tensors_in
+from .shards import fsdp_modules, is_spread, local, shards_of
 
 # No image in [0, 1] is as bright, and nearly all from 0 to 255 are brighter.
 BRIGHTEST = 2.0
@@ -26,46 +27,63 @@ CONSTANT = 1 / 512
 _SUMMED = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
-def check_weights(model: nn.Module) -> torch.device:
-    """The one device that the model's parameters are on.
+def check_weights(model: nn.Module, *, sharded: bool = False) -> torch.device:
+    """The one device that the model's parameters are on. sharded: this rank's part of them is looked at.
 
-    Raises ValueError, naming the parameter, for NaN or infinite weights, weights on ``meta``, on several devices or
-    sharded over ranks.
+    Raises ValueError, naming the parameter, for NaN or infinite weights, weights on ``meta``, on several devices or,
+    unless it is expected, sharded over ranks.
     """
-    check_whole(model)
+    if not sharded:
+        check_whole(model)
     device: torch.device | None = None
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device.type == "meta":
             raise ValueError(f"{name} is on the meta device: load the weights before scoring")
         if isinstance(tensor, nn.Parameter):
-            _check_own_memory(name, tensor)
+            if not sharded:
+                _check_own_memory(name, tensor)
             if device is not None and tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device}, others are on {device}: move the model to one device")
             device = tensor.device
-        if tensor.is_floating_point() and not _sums_up(tensor):
+        if tensor.is_floating_point():
+            values = local(tensor.detach())
             # A buffer may be infinite on purpose (attention masks).
-            bad = ~tensor.isfinite() if isinstance(tensor, nn.Parameter) else tensor.isnan()
-            if bool(bad.any()):
+            finite = isinstance(tensor, nn.Parameter)
+            bad = None if _sums_up(values) else ~values.isfinite() if finite else values.isnan()
+            if bad is not None and bool(bad.any()):
                 raise ValueError(f"{name} has {int(bad.sum())} NaN or infinite values: the model can't be scored")
     if device is None:
         raise ValueError(f"{type(model).__name__} has no parameters to score")
     return device
 
 
-def _sums_up(tensor: Tensor) -> bool:
+def _sums_up(values: Tensor) -> bool:
     """Whether the sum is finite, so that every value is: one pass without temporaries. (Large values may overflow.)"""
-    return tensor.dtype in _SUMMED and math.isfinite(tensor.detach().sum().item())
+    return values.dtype in _SUMMED and math.isfinite(values.sum().item())
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters are spread over ranks, unless by FSDP2 and all that are trained."""
+    if shards_of(model) is None:
+        check_whole(model)
+        return
+    for name, p in model.named_parameters():
+        if p.requires_grad and not is_spread(p):
+            raise ValueError(
+                f"{name} isn't sharded, others are: its gradient would stay with its rank. Call fully_shard(model) of "
+                "the whole model too, after its parts"
+            )
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise ValueError for a model whose parameters are spread over ranks: no rank has the channels of all."""
+    """Raise ValueError for a model whose parameters are spread over ranks: no rank has all of one."""
+    sharded = bool(fsdp_modules(model))
     for name, p in model.named_parameters():
-        if hasattr(p, "device_mesh") and hasattr(p, "placements"):
+        if sharded or is_spread(p):
             raise ValueError(
-                f"{name} is sharded over ranks (FSDP2 or tensor parallelism): score, prune, compensate and finetune "
-                "the whole model, and shard the smaller one afterwards, fully_shard(result.model). Of a model that is "
-                "sharded already get_model_state_dict (torch.distributed.checkpoint.state_dict) with "
-                "full_state_dict=True gives the weights for a whole one"
+                f"{name} is sharded over ranks (FSDP2 or tensor parallelism): this is for whole models, of which the "
+                "smaller one may be sharded, fully_shard(result.model). What fully_shard has sharded already takes "
+                "trace, score, select, slicing.prune_sharded and finetune"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from .batches import Batches, count
 from .loss import Objective
 from .nested import moved
 from .randomness import NOISE, TIMESTEPS, generator_for, seed_at, seed_globally, stratified
+from .ranks import rank_and_count, reduced, summed_over_ranks
+from .shards import BorrowedShards
 
 
 def precision(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -31,7 +34,7 @@ class LossRun:
     """A model, its training loss, and where its images come from.
 
     device: the model's. seed: of noise and timesteps. autocast: the forward's dtype, None for the weights'. progress:
-    whether bars are shown.
+    whether bars are shown. shards: of a model that is spread over ranks.
     """
 
     model: nn.Module
@@ -41,6 +44,7 @@ class LossRun:
     seed: int
     autocast: torch.dtype | None = None
     progress: bool = True
+    shards: BorrowedShards | None = None
     _failed: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +53,29 @@ class LossRun:
     @property
     def sum_dtype(self) -> torch.dtype:
         return sum_dtype(self.device)
+
+    @property
+    def sharing(self) -> tuple[int, int]:
+        """This process's place among those that share the micro-batches, and how many they are.
+
+        The ranks of a sharded model all walk all of them: none could walk one alone.
+        """
+        return rank_and_count() if self.shards is None else (0, 1)
+
+    def of_all_batches(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over the ranks that share the micro-batches; a copy."""
+        return summed_over_ranks(values) if self.shards is None else values.clone()
+
+    def of_all_shards(self, values: Tensor) -> Tensor:
+        """``values`` in place, added up over the ranks that a sharded model is spread over."""
+        return values if self.shards is None else reduced(values)
+
+    def backward(self, loss: Tensor, inputs: Sequence[nn.Parameter] | None = None) -> None:
+        """Gradients of ``inputs``, or of all that has any, in ``.grad`` of the stand-ins."""
+        if self.shards is None:
+            loss.backward(inputs=inputs)
+        else:
+            self.shards.backward(loss, inputs)
 
     def precision(self) -> AbstractContextManager[Any]:
         return precision(self.device, self.autocast)
@@ -72,6 +99,7 @@ class LossRun:
         ranks, and after a break."""
         if place is not None:
             seed_globally(seed_at(self.seed, *place))
+        self.of_all_shards(torch.zeros((), device=self.device))  # FSDP2 waits without looking for news
         return self.losses(batch, t, noise).mean()
 
     def check_losses(self) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.errors import CheckpointError
+from ..checkpoint.hub import INDEX
 from ..checkpoint.reading import check_harmless, read_json
-
-INDEX = "model_index.json"
 
 # What diffusers notes beside the components.
 _NOTES = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_ignore_files"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..architectures.layers import CONVOLUTIONS, TRANSPOSED
 from ..checkpoint.manifest import unpack_runs
+from ..choices import Units
 from ..plan.keep_sets import sliced_shapes
 from ..plan.plan import Plan
 from ..pruned.record import record_of
@@ -121,10 +122,14 @@ def _pruned_by(model: nn.Module, teacher: nn.Module, example_inputs: Any) -> tup
     if not about.get("keep"):
         raise ValueError(f"this {type(model).__name__} has no record of a pruning: its features have no counterparts")
     keep = {name: unpack_runs(runs) for name, runs in about["keep"].items()}
-    plans = [trace(teacher, example_inputs, units=units) for units in ("auto", "dims", "heads")]
-    # A plan of other example inputs has other costs, so its hash may differ: then the same groups are enough.
-    for plan in sorted(plans, key=lambda plan: plan.hash != about["plan"]):
-        if plan.hash == about["plan"] or _has_groups(plan, keep):
+    plans: list[Plan] = []
+    for units in get_args(Units):
+        plans.append(trace(teacher, example_inputs, units=units))
+        if plans[-1].hash == about["plan"]:
+            return plans[-1], keep
+    # A plan of other example inputs has other costs, so its hash differs: then the same groups are enough.
+    for plan in plans:
+        if _has_groups(plan, keep):
             return plan, keep
     raise ValueError(
         f"this {type(model).__name__} wasn't pruned from the teacher as it is now: their features can't be matched"

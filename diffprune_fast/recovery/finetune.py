@@ -20,12 +20,13 @@ from ..architectures.inputs import knows_inputs
 from ..choices import RecoveryLoss
 from ..objective.batches import as_loader
 from ..objective.calls import first_call
-from ..objective.checks import check_batch, check_whole
+from ..objective.checks import check_batch, check_trainable
 from ..objective.forms import as_batch
 from ..objective.isolation import in_mode, unwrapped
 from ..objective.loss import LossFunction, make_objective
 from ..objective.randomness import own_randomness
 from ..objective.ranks import meet, rank_and_count, together
+from ..objective.shards import fsdp_modules, reshard
 from .distillation import StepLoss, find_teacher
 from .guard import Guard, can_look_twice
 from .losses import step_loss_of
@@ -146,7 +147,7 @@ def finetune(
     Source: the finetuning of Fang et al., 2023 (Adam, clip 1, EMA 0.9999), with a schedule for short runs; Hinton et
     al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
     """
-    check_whole(model)
+    check_trainable(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _accelerating(accelerator, device) as found:
         return _finetune(
@@ -211,8 +212,12 @@ def _finetune(
     objective = make_objective(model, scheduler, loss_fn)
     start = time.perf_counter()
     with ExitStack() as stack:
-        if accelerator.num_processes > 1:
+        sharded = bool(fsdp_modules(model))
+        if accelerator.num_processes > 1 and not sharded:
             model.to(accelerator.device)
+        if sharded and accelerator.scaler is not None:
+            raise ValueError("a sharded model can't be trained in float16, with loss scaling: take bf16")
+        stack.callback(reshard, model)
         autocast = _OF_ACCELERATE.get(accelerator.mixed_precision) if autocast is None else autocast
         if teacher is not None:
             teacher = stack.enter_context(in_mode(find_teacher(teacher, model), training=False))
@@ -234,15 +239,14 @@ def _finetune(
         }
         look = None
         if guard and can_look_twice(loader):
-            own = callable(loss) or loss_fn is not None
-            look = Guard(
-                *(model, as_loader(loader), lambda b: check_batch(unwrapped(model), b, loss_fn), objective),
-                *(minimised, autocast, seed),
-                differentiates=own,
-            )
+            door, own = _door(model, loss_fn), callable(loss) or loss_fn is not None
+            look = Guard(model, as_loader(loader), door, objective, minimised, autocast, seed, differentiates=own)
         before = None if look is None else look.loss()
         meet()  # accelerate waits without looking for news
-        step_loss, prepared = accelerator.prepare(Step(model, minimised, autocast), optimizer)
+        step = Step(model, minimised, autocast)  # FSDP2 exchanges gradients itself
+        step_loss, prepared = (
+            (step, accelerator.prepare(optimizer)) if sharded else accelerator.prepare(step, optimizer)
+        )
         training = Training(
             model=model,
             parameters=parameters,
@@ -267,7 +271,7 @@ def _finetune(
     return Finetuned(tuple(training.losses), time.perf_counter() - start, resumed, before, after, helped)
 
 
-# Ways of accelerate to spread one model's weights over processes: their state isn't saved and resumed here yet.
+# Ways of accelerate to spread one model's weights over processes while it prepares it.
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
@@ -310,7 +314,10 @@ def _accelerating(given: Accelerator | None, device: torch.device) -> Iterator[A
 def _check_sharding(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type.value
     if kind in _SHARDED:
-        raise ValueError(f"finetune doesn't support {kind}: configure accelerate for several processes without it")
+        raise ValueError(
+            f"finetune doesn't support {kind}: configure accelerate for several processes without it. A model that one "
+            "device doesn't hold is sharded before, by fully_shard of torch.distributed.fsdp"
+        )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..objective.loss_run import precision, sum_dtype
 from ..objective.nested import moved
 from ..objective.randomness import generator_for, own_randomness, stratified
 from ..objective.ranks import rank_and_count, reduced
+from ..objective.shards import local
 from .distillation import StepLoss
 
 # Samples of both looks. The noise is the same in both, so that few are enough to tell which is lower.
@@ -47,7 +48,7 @@ class Guard:
             batches = Batches(loader, check)
             self._batch = batches.take(max(SAMPLES, rank_and_count()[1]))
         self._size = min(count(batches.first), count(self._batch))
-        self._was = {name: x.detach().cpu().clone() for name, x in model.state_dict().items()}
+        self._was = {name: local(x.detach()).cpu().clone() for name, x in model.state_dict().items()}
 
     def loss(self) -> float:
         """The mean over the samples, which the ranks share."""
@@ -57,7 +58,7 @@ class Guard:
         rank, ranks = rank_and_count()
         sums = torch.zeros(2, dtype=sum_dtype(device), device=device)
         with in_mode(self._model, training=False), torch.set_grad_enabled(self._differentiates):
-            for start, stop in self._portions(n * rank // ranks, n * (rank + 1) // ranks):
+            for start, stop in self._portions(n * rank // ranks, n * (rank + 1) // ranks, n // ranks):
                 batch = moved(part(self._batch, start, stop), device)
                 with own_randomness(self._seed), precision(device, self._autocast):
                     value = self._loss(self._model, batch, t[start:stop].to(device), noise[start:stop].to(device))
@@ -67,11 +68,14 @@ class Guard:
 
     def put_back(self) -> None:
         """Give the model the weights that it had."""
-        self._model.load_state_dict(self._was)
+        for name, x in self._model.state_dict().items():
+            local(x.detach()).copy_(self._was[name])
 
-    def _portions(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        for first in range(start, stop, self._size):
-            yield first, min(first + self._size, stop)
+    def _portions(self, start: int, stop: int, least: int) -> Iterator[tuple[int, int]]:
+        """As many for every rank, which has ``least`` samples or one more: sharded models are called together."""
+        n = max(1, -(-least // self._size))
+        for i in range(n):
+            yield start + (stop - start) * i // n, start + (stop - start) * (i + 1) // n
 
 
 def can_look_twice(loader: Any) -> bool:

@@ -20,9 +20,10 @@ from ..objective.image_range import check_range_by_loss
 from ..objective.isolation import unwrapped
 from ..objective.loss import Objective
 from ..objective.loss_run import precision
-from ..objective.nested import moved
+from ..objective.nested import map_tensors, moved
 from ..objective.randomness import NOISE, TIMESTEPS, Stream, generator_for, stratified
 from ..objective.ranks import compare_batch, reduced
+from ..objective.shards import fsdp_modules, spread_like, whole
 from .distillation import StepLoss
 from .position import Position
 from .progress import Progress
@@ -109,7 +110,7 @@ class Training:
                     total = reduced(total.to(self.device))
                 # Gradients are averaged over the processes.
                 self.accelerator.backward(value * share * self.accelerator.num_processes / parts)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
+        norm = whole(self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip))
         loss = self._finite(float(total), float(norm), n)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -156,7 +157,8 @@ class Training:
         return self.parameters[0].device
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Write everything that the rest of the training depends on; the first process writes."""
+        """Write everything that the rest of the training depends on; the first process writes, of a sharded model the
+        whole tensors, which come to it one after the other."""
         dropout = self._dropout.states
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -164,15 +166,17 @@ class Training:
             dropouts = gather_object([dropout])
         else:
             dropouts = [dropout]
+        sharded = [x.state_dict() for x in (self.model, self.optimizer, self.average)]
+        model, optimizer, average = (self._gathered(x) for x in sharded)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
                 "settings": dict(about),
                 "losses": torch.tensor(self.losses, dtype=torch.float64),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "model": model,
+                "optimizer": optimizer,
                 "rate": self.rate.state_dict(),
-                "average": self.average.state_dict(),
+                "average": average,
                 "position": self.position.state(),
                 "dropout": dropouts,
                 "scaler": None if scaler is None else scaler.state_dict(),
@@ -194,6 +198,7 @@ class Training:
                 f"{path} is of another model: {other} is {theirs.get(other)} there, {mine.get(other)} here. Remove the "
                 "file to begin anew"
             )
+        self._spread(state)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rate.load_state_dict(state["rate"])
@@ -207,3 +212,26 @@ class Training:
         if len(self.losses) < self.settings.steps:
             self.position.go_to(state["position"])
         return len(self.losses)
+
+    def _gathered(self, state: Any) -> Any:
+        """Tensors of shards as whole ones, in the first process's memory; the others only send theirs."""
+        if not fsdp_modules(self.model):
+            return state
+        keeps = self.accelerator.is_main_process
+
+        def gather(x: Tensor) -> Tensor:
+            full = whole(x)
+            return full.cpu() if keeps else x
+
+        return map_tensors(state, gather)
+
+    def _spread(self, state: dict[str, Any]) -> None:
+        """The whole tensors of a state as the model's are: each process takes its part."""
+        now = self.model.state_dict()
+        state["model"] = {name: spread_like(x, now[name]) for name, x in state["model"].items()}
+        moments = state["optimizer"]["state"]
+        for i, p in enumerate(self.parameters):
+            if i in moments:
+                moments[i] = {k: spread_like(x, p) if x.shape == p.shape else x for k, x in moments[i].items()}
+        average = state["average"]
+        average["shadow_params"] = [spread_like(x, p) for x, p in zip(average["shadow_params"], self.parameters)]

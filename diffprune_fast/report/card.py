@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.manifest import CONFIG, MANIFEST, read_manifest
+from ..checkpoint.manifest import CONFIG, MANIFEST, of_variant, read_manifest
 
 CARD = "README.md"
 TAG = "diffprune-fast"
@@ -45,7 +45,7 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     folder = Path(directory)
-    manifests = [read_manifest(path.parent) for path in sorted(_manifests(folder))]
+    manifests, _ = _manifests(folder)
     kind = _kind(folder, manifests)
     data = ModelCardData(library_name="diffusers", tags=[TAG, "pruning", "diffusion"])
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(kind, folder, manifests, command, figures or {})}")
@@ -55,8 +55,9 @@ def write_card(
 
 def how_to_load(folder: Path, where: str | None = None) -> str:
     """The lines of Python that load what is in ``folder``. where: the place to name in them, if it is another."""
-    manifests = [read_manifest(path.parent) for path in sorted(_manifests(folder))]
+    manifests, variant = _manifests(folder)
     name, place = _kind(folder, manifests), repr(where or str(folder))
+    place += "" if variant is None else f", variant={variant!r}"
     plain = all(m["plain_config"] for m in manifests)
     is_pipeline = (folder / INDEX).exists()
     if plain and (is_pipeline or (folder / CONFIG).exists()):
@@ -66,9 +67,15 @@ def how_to_load(folder: Path, where: str | None = None) -> str:
     return f"from diffprune_fast import from_pretrained\n\nmodel = from_pretrained({place})"
 
 
-def _manifests(folder: Path) -> list[Path]:
-    own = folder / MANIFEST
-    return [own] if own.exists() else list(folder.glob(f"*/{MANIFEST}"))
+def _manifests(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """The model's, or its components', and the variant that they are of where there are no plain ones."""
+    of_variants = of_variant(MANIFEST, "*")
+    for pattern in (MANIFEST, f"*/{MANIFEST}", of_variants, f"*/{of_variants}"):
+        if paths := sorted(folder.glob(pattern)):
+            variant = paths[0].name.removesuffix(".json").partition(".")[2] or None
+            alike = [path.parent for path in paths if path.name == paths[0].name]
+            return [read_manifest(parent, variant) for parent in alike], variant
+    return [], None
 
 
 def _kind(folder: Path, manifests: list[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..checkpoint.manifest import versions
 from .figures import HALF
 from .table import Measured, lines, seeds_in_words, stages_of
+from .whole import Whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +42,7 @@ def write_report(
     result: Told | None = None,
     notes: Mapping[str, str] | None = None,
     code: Mapping[str, str] | None = None,
+    whole: Sequence[Whole] = (),
 ) -> Path:
     """Write the page to ``path`` and return it. Images are inside the file, nothing is loaded from elsewhere; the
     table's raw numbers are beside it as JSON and CSV.
@@ -55,6 +57,7 @@ def write_report(
         result: adds what was asked and met, the scoring's trust and time per stage.
         notes: further lines of the last table, heading to text.
         code: heading to lines that are shown as they are, such as how to load the model.
+        whole: what stayed whole and why (:func:`kept_whole`).
 
     Returns:
         ``path``.
@@ -88,6 +91,7 @@ def write_report(
         seeds=seeds_in_words(seeds),
         headline=headline(rows),
         code=code or {},
+        whole=whole,
         data=", ".join(path.with_suffix(suffix).name for suffix in (".json", ".csv")),
         figures=[(heading, drawn(figure), text) for heading, (figure, text) in figures.items()],
         facts={**(result.facts() if result is not None else {}), **(notes or {}), **made_with()},

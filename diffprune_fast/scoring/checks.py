@@ -11,7 +11,7 @@ from torch import nn
 
 from ..choices import Estimator, VariantName, check_choice
 from ..plan.plan import Plan
-from .criteria import VARIANTS, Variant
+from .criteria import VARIANTS, Criterion, Variant
 from .tables import UnitTable
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
@@ -58,6 +58,16 @@ def check_plan(model: nn.Module, plan: Plan, table: UnitTable) -> None:
             )
         if not p.is_floating_point():
             raise ValueError(f"{name} is {p.dtype}: quantised weights have no gradient, score the model before that")
+
+
+def check_sharded(estimator: str, rule: Criterion) -> None:
+    """Raise ValueError for what a model that is spread over ranks can't be scored by."""
+    if rule.needs_data and estimator.startswith("reference"):
+        raise ValueError(
+            f"estimator={estimator!r} is for whole models: score one that FSDP2 has sharded with estimator='micro'"
+        )
+    if rule.values is not None:
+        raise ValueError("a criterion with values of its own looks at whole weights: give it the model before sharding")
 
 
 def check_timesteps(timesteps: Sequence[int], n: int) -> np.ndarray:

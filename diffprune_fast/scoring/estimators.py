@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ..objective.batches import count
 from ..objective.loss_run import LossRun
 from ..objective.randomness import DRAWN_BY_LOSS
-from ..objective.ranks import rank_and_count, summed_over_ranks
+from ..objective.ranks import rank_and_count
+from ..objective.shards import Shard
 from ..ops.channel_scores import BoundScores
 from ..plan.plan import Plan
 from ..progress import bar
@@ -38,10 +39,14 @@ MIN_BATCHES = 16
 
 @dataclass(kw_only=True)
 class Work(LossRun):
-    """What every estimator needs: losses of the model with its stand-in parameters, and the plan of its units."""
+    """What every estimator needs: losses of the model with its stand-in parameters, and the plan of its units.
+
+    parts: of a sharded model, what this rank has of each parameter.
+    """
 
     plan: Plan
     parameters: Mapping[str, nn.Parameter]
+    parts: Mapping[str, Shard] | None = None
     backend: str = "auto"
 
     def new_scores(self) -> Tensor:
@@ -87,8 +92,9 @@ class MicroScores:
     def add(self, k: int, loss: Callable[[], Tensor]) -> None:
         self._current.zero_()
         with self._hooks.calling(self._arrived):
-            loss().backward()
+            self._work.backward(loss())
             self._flush()
+        self._work.of_all_shards(self._current)
         self._unseen.append((torch.isfinite(self._current).all(), loss))
         # "signed" scores are only added up within a micro-batch: the sum over micro-batches is of absolute values.
         self._halves[k % 2] += self._current.abs()
@@ -99,14 +105,14 @@ class MicroScores:
             if not all(finite):
                 self._blame(self._unseen[finite.index(False)][1])
             self._unseen.clear()
-        return summed_over_ranks(self._halves)
+        return self._work.of_all_batches(self._halves)
 
     def total(self) -> Tensor:
         return self.halves().sum(0)
 
     def restore(self, halves: Tensor) -> None:
         """Begin with sums of before, those of all ranks together."""
-        if rank_and_count()[0] == 0:
+        if self._work.sharing[0] == 0:
             self._halves.copy_(halves)
 
     def _arrived(self, name: str, p: Tensor) -> None:
@@ -132,7 +138,7 @@ class MicroScores:
             p.grad = None
 
         with self._hooks.calling(look):
-            loss().backward()
+            self._work.backward(loss())
         raise FloatingPointError(_not_finite(bad[0] if bad else "one parameter or its score"))
 
 
@@ -147,7 +153,7 @@ class MeanGradient:
         half = self._gradients[k % 2]
         for name, p in self._work.parameters.items():
             p.grad = half.get(name)
-        loss().backward()
+        self._work.backward(loss())
         half.update({name: p.grad for name, p in self._work.parameters.items() if p.grad is not None})
 
     def halves(self) -> Tensor:
@@ -186,7 +192,7 @@ def until_agreed(
     """
     most = max(1, -(-max_samples // micro_batch))
     least = min(most, max(MIN_BATCHES, -(-min_samples // micro_batch)))
-    rank, ranks = rank_and_count() if split_ranks else (0, 1)
+    rank, ranks = work.sharing if split_ranks else (0, 1)
     samples, good, found, done, enough = 0, 0, None, 0, False
     before = state.so_far("scores")
     if before is not None:
@@ -196,7 +202,7 @@ def until_agreed(
             return before["values"].numpy(), samples, found
         if isinstance(collector, MicroScores):
             collector.restore(before["halves"])
-    show = work.progress and rank == 0
+    show = work.progress and rank_and_count()[0] == 0
     with bar(desc="scoring", show=show, initial=samples, total=most * micro_batch, unit="sample") as shown:
         while done < most and not enough:
             k, done = done, done + 1
@@ -232,6 +238,7 @@ def gathered_scores(work: Work, table: UnitTable, element: str) -> Tensor:
     scores = work.new_scores()
     there = [n for n in table.parameters if work.parameters[n].grad is not None]
     add_scores(scores, work, table, there, element)
+    work.of_all_shards(scores)
     if not bool(torch.isfinite(scores).all()):
         bad = [n for n in there if not bool(torch.isfinite(work.parameters[n].grad).all())]  # type: ignore[arg-type]
         raise FloatingPointError(_not_finite(bad[0] if bad else "one parameter or its score"))

@@ -21,6 +21,7 @@ from ..objective.batches import count
 from ..objective.outputs import outputs_seen
 from ..objective.randomness import DRAWN_BY_LOSS, generator_for
 from ..objective.ranks import rank_and_count, summed_over_ranks
+from ..objective.shards import Shard
 from ..plan.plan import Member, Plan
 from ..progress import bar
 from .estimators import BUCKET_BYTES, GradientHooks, Work, add_scores
@@ -38,9 +39,9 @@ SAMPLES = 512
 CHECK_EVERY = 16
 
 
-def consumer_table(plan: Plan, model: nn.Module) -> UnitTable:
+def consumer_table(plan: Plan, model: nn.Module, parts: Mapping[str, Shard] | None = None) -> UnitTable:
     """The table of :func:`consumer_members`."""
-    return unit_table(plan, members=consumer_members(plan, model))
+    return unit_table(plan, members=consumer_members(plan, model), parts=parts)
 
 
 def consumer_members(plan: Plan, model: nn.Module) -> dict[str, list[Member]]:
@@ -145,7 +146,7 @@ class Damage:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._table = consumer_table(work.plan, work.model)
+        self._table = consumer_table(work.plan, work.model, work.parts)
         self._parameters = {n: work.parameters[n] for n in self._table.parameters}
         self._hooks = GradientHooks(self._parameters)
         self._probe = Probe(work)
@@ -160,21 +161,22 @@ class Damage:
             return
         product = self._probe.forward(k, loss)
         self.seen = product is not None
-        if product is None or not self._parameters:
-            return
+        if product is None or not (self._parameters or self._work.shards):
+            return  # of a sharded model every rank takes part, whatever it counts
         self._current.zero_()
         with self._hooks.calling(self._arrived):
-            product.backward(inputs=list(self._parameters.values()))
+            self._work.backward(product, list(self._parameters.values()))
             self._flush()
+        self._work.of_all_shards(self._current)
         self._sum += self._current.square()
 
     def total(self) -> Tensor:
         """``(n_units,)``: the sum of all ranks."""
-        return summed_over_ranks(self._sum)
+        return self._work.of_all_batches(self._sum)
 
     def restore(self, total: Tensor) -> None:
         """Begin with the sum of before."""
-        if rank_and_count()[0] == 0:
+        if self._work.sharing[0] == 0:
             self._sum.copy_(total)
 
     def mean(self, samples: int) -> np.ndarray | None:
@@ -220,7 +222,7 @@ def estimated_damage(
     for p in work.parameters.values():
         p.grad = None
     damage, size = Damage(work), min(micro_batch, SAMPLES_OF_A_DRAW)
-    rank, ranks = rank_and_count()
+    rank, ranks = work.sharing
     seen, done, most = 0, 0, max(1, -(-samples // size))
     before = state.so_far("damage")
     if before is not None:
@@ -229,7 +231,7 @@ def estimated_damage(
         seen, done = before["samples"], before["done"]
         damage.restore(before["sum"])
         work.batches.pass_over([size] * done)
-    shown = work.progress and rank == 0
+    shown = work.progress and rank_and_count()[0] == 0
     for k in bar(range(done, most), desc="damage", show=shown, initial=done, total=most, unit="draw"):
         batch, t, noise = work.draw(k, size, allowed)
         if k % ranks == rank:

@@ -24,10 +24,11 @@ from ..objective.loss import LossFunction, make_objective
 from ..objective.loss_run import LossRun
 from ..objective.nested import moved
 from ..objective.randomness import generator_for, own_randomness
-from ..objective.ranks import together
+from ..objective.ranks import reduced, together
+from ..objective.shards import BorrowedShards, borrowed_shards, fsdp_modules, local, shards_of
 from ..ops.channel_scores import channel_scores_
 from ..plan.plan import Plan
-from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_timesteps
+from .checks import AUTOCAST, check_choices, check_numbers, check_plan, check_sharded, check_timesteps
 from .criteria import Criterion, Variant, criterion_of
 from .estimators import MeanGradient, MicroScores, Work, until_agreed
 from .gauss_newton import SAMPLES, estimated_damage
@@ -77,7 +78,9 @@ def score(
     """How much every unit of ``plan`` matters to the diffusion loss. The model is as before when this ends.
 
     In torch.distributed the ranks share the micro-batches of "micro" and end with the same scores as one process,
-    provided that every rank's loader yields the same batches; other estimators run in full on every rank.
+    provided that every rank's loader yields the same batches; other estimators run in full on every rank. A model that
+    FSDP2 (``fully_shard``) has spread over the ranks is scored from its shards: every rank walks every micro-batch, and
+    only scores of units are added up.
 
     Args:
         model: the model that ``plan`` was traced from; a module, also inside ``torch.compile`` or DDP.
@@ -138,9 +141,14 @@ def score(
     least = min(MIN_SAMPLES, max_samples) if min_samples is None else min_samples
     check_numbers(threshold, micro_batch, least, max_samples, agreement_ratio)
     model = unwrapped(model)
+    parts = shards_of(model)
     table = unit_table(plan)
     check_plan(model, plan, table)
-    device = check_weights(model)
+    names = table.parameters
+    if parts is not None:
+        check_sharded(estimator, rule)
+        table = unit_table(plan, parts=parts)
+    device = check_weights(model, sharded=parts is not None)
     if not rule.needs_data and (loader is None or not damage):
         values = _without_data(model, plan, table, rule, seed, backend)
         return Scores(values, "none", criterion, seed, seconds=time.perf_counter() - begin)
@@ -161,13 +169,16 @@ def score(
             samples=[least, max_samples, agreement, agreement_ratio],
         )
         state = State(checkpoint, about, model, batches.first, device)
-        with stand_ins(model, table.parameters) as parameters:
+        with (stand_ins if parts is None else borrowed_shards)(model, names) as lent:
+            shards, parameters = (lent, lent.parameters) if isinstance(lent, BorrowedShards) else (None, lent)
             work = Work(
                 model=model,
                 plan=plan,
                 objective=objective,
                 batches=batches,
                 parameters=parameters,
+                shards=shards,
+                parts=parts,
                 device=device,
                 seed=seed,
                 autocast=AUTOCAST[autocast],
@@ -180,25 +191,11 @@ def score(
             elif estimator.startswith("reference"):
                 found = _reference(work, estimator, reading, rule, variant, limit, asked, state)
             else:
-                found = _sampled(
-                    work,
-                    table,
-                    estimator,
-                    rule,
-                    limit,
-                    asked,
-                    state,
-                    micro_batch=micro_batch,
-                    min_samples=least,
-                    max_samples=max_samples,
-                    agreement=agreement,
-                    agreement_ratio=agreement_ratio,
-                )
+                sizes = {"micro_batch": micro_batch, "min_samples": least, "max_samples": max_samples}
+                agreed = {"agreement": agreement, "agreement_ratio": agreement_ratio}
+                found = _sampled(work, table, estimator, rule, limit, asked, state, **sizes, **agreed)
             if damage:
-                every = np.arange(objective.n_timesteps) if asked is None else asked
-                most = min(SAMPLES, max_samples)
-                sizes = {"micro_batch": micro_batch, "samples": most}
-                found["damage"] = estimated_damage(work, allowed=every, **sizes, state=state)
+                found["damage"] = _damage(work, asked, state, micro_batch, max_samples)
     return Scores(
         estimator=estimator if rule.needs_data else "none",
         criterion=criterion,
@@ -208,6 +205,15 @@ def score(
         seconds=time.perf_counter() - begin,
         **found,
     )
+
+
+def _damage(
+    work: Work, asked: np.ndarray | None, state: State, micro_batch: int, max_samples: int
+) -> np.ndarray | None:
+    """What the output loses with each unit, at all timesteps or those that were asked for."""
+    every = np.arange(work.objective.n_timesteps) if asked is None else asked
+    samples = min(SAMPLES, max_samples)
+    return estimated_damage(work, allowed=every, micro_batch=micro_batch, samples=samples, state=state)
 
 
 def _sampled(
@@ -286,7 +292,8 @@ def _curve(work: LossRun, threshold: float) -> LossCurve:
     noise = work.objective.noise(batch, generator_for(work.seed, CURVE, 0))
     with work.precision():
         at = curve_timesteps(work.objective.n_timesteps)
-        return measure_curve(work.objective, work.model, batch, noise, threshold, at, work.seed)
+        shared = work.shards is None
+        return measure_curve(work.objective, work.model, batch, noise, threshold, at, work.seed, shared=shared)
 
 
 def _without_data(
@@ -302,6 +309,8 @@ def _without_data(
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
     squares = torch.zeros(plan.n_units, dtype=torch.float64, device=device)
-    thetas = [parameters[n].detach() for n in table.names]
+    thetas = [local(parameters[n].detach()) for n in table.names]
     channel_scores_(squares, thetas, None, table.table, criterion=rule.element, backend=backend)
+    if fsdp_modules(model):
+        reduced(squares)
     return squares.sqrt().cpu().numpy()

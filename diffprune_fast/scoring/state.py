@@ -14,6 +14,7 @@ from torch import nn
 from ..checkpoint.state import read_state, write_state
 from ..objective.loss import Objective
 from ..objective.ranks import alike, rank_and_count, sampled, sampled_tensor, told_by_first_rank
+from ..objective.shards import whole
 
 # Seconds between two writes: what a kill costs at most, beside walking the loader again.
 SECONDS = 30.0
@@ -46,7 +47,7 @@ class State:
         self._written = time.monotonic()
         if self._path is None:
             return
-        weights = [sampled_tensor(p) for p in model.parameters()]
+        weights = [sampled_tensor(whole(p)) for p in model.parameters()]
         self._about: dict[str, Any] = {
             "work": "scoring",
             "settings": dict(settings),

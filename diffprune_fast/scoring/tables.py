@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..objective.shards import Shard
 from ..ops.channel_scores import ScoreEntry, ScoreTable
 from ..plan.plan import Member, Plan
 
@@ -59,10 +60,12 @@ class UnitTable:
         return self._subsets[key]
 
 
-def unit_table(plan: Plan, *, members: Mapping[str, Sequence[Member]] | None = None) -> UnitTable:
+def unit_table(
+    plan: Plan, *, members: Mapping[str, Sequence[Member]] | None = None, parts: Mapping[str, Shard] | None = None
+) -> UnitTable:
     """The tables of all parameters that ``plan`` can prune.
 
-    members: group name to the members that count; None: all of them.
+    members: group name to the members that count; None: all of them. parts: what there is of each parameter; None: all.
     Raises ValueError where two members claim the same channel, or a channel that the parameter doesn't have.
     """
     labels: dict[str, dict[int, np.ndarray]] = {}
@@ -77,10 +80,21 @@ def unit_table(plan: Plan, *, members: Mapping[str, Sequence[Member]] | None = N
     names: list[str] = []
     entries: list[ScoreEntry] = []
     for name in (n for n in plan.shapes if n in labels):
-        for entry in collapse(plan.shapes[name], labels[name]):
+        for entry in _entries(plan.shapes[name], labels[name], None if parts is None else parts[name]):
             names.append(name)
             entries.append(entry)
     return UnitTable(tuple(names), ScoreTable(entries, plan.n_units))
+
+
+def _entries(shape: Sequence[int], labels: dict[int, np.ndarray], part: Shard | None) -> list[ScoreEntry]:
+    """Those of a parameter, or of the part of it that there is."""
+    if part is None:
+        return collapse(shape, labels)
+    if part.length == 0:
+        return []
+    if part.dim in labels:
+        labels[part.dim] = labels[part.dim][part.start : part.start + part.length]
+    return collapse([part.length if dim == part.dim else n for dim, n in enumerate(shape)], labels)
 
 
 def _claim(units: np.ndarray, member: Member, offset: int) -> None:

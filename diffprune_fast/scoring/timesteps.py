@@ -62,20 +62,24 @@ def measure_curve(
     threshold: float,
     timesteps: np.ndarray,
     seed: int,
+    *,
+    shared: bool = True,
 ) -> LossCurve:
-    """The mean loss of one batch with one noise at each of ``timesteps``, forward only; the ranks share the timesteps.
+    """The mean loss of one batch with one noise at each of ``timesteps``, forward only.
 
-    seed: of what the loss itself draws.
+    seed: of what the loss itself draws. shared: the ranks share the timesteps.
 
     Raises FloatingPointError, naming the timestep, for a NaN or infinite loss.
     """
-    rank, ranks = rank_and_count()
+    rank, ranks = rank_and_count() if shared else (0, 1)
     mine = torch.zeros(len(timesteps), dtype=noise.dtype, device=noise.device)
     for i in range(rank, len(timesteps), ranks):
         at = torch.full((count(batch),), int(timesteps[i]), device=noise.device)
         seed_globally(seed_at(seed, DRAWN_BY_LOSS, 2, i))
         mine[i] = objective.loss(model, batch, at, noise)
-    losses = summed_over_ranks(mine).double().cpu().numpy()  # the host waits for the device here alone
+    losses = (
+        (summed_over_ranks(mine) if shared else mine).double().cpu().numpy()
+    )  # the host waits for the device here alone
     if not np.isfinite(losses).all():
         i = int(np.flatnonzero(~np.isfinite(losses))[0])
         raise FloatingPointError(f"the loss at timestep {timesteps[i]} is {losses[i]}")

@@ -54,7 +54,7 @@ def slicing_steps(
         if name not in wanted and name not in factors:
             continue
         keep = wanted.pop(name, {})
-        scale = _row_scale(t, keep, factors.pop(name, []))
+        scale = row_scale(t, keep, factors.pop(name, []))
         own = [] if name in solved else [(name, t, 1)]
         # a weight that grew by a factor has a gradient that shrank by it
         for what, x, power in (*own, (f"{name}.grad", t.grad, -1), *state_of(optimizer, name, t)):
@@ -79,7 +79,7 @@ def slicing_steps(
     return steps
 
 
-def _row_scale(t: Tensor, keep: dict[int, Tensor], factors: Sequence[Factor]) -> Tensor | None:
+def row_scale(t: Tensor, keep: dict[int, Tensor], factors: Sequence[Factor]) -> Tensor | None:
     """``(kept rows,)``, None where nothing is scaled. ``factors``: rows after slicing, and what multiplies them."""
     if not factors:
         return None

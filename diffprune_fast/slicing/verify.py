@@ -12,6 +12,7 @@ from torch import nn
 from ..architectures.attached import check_attached
 from ..architectures.inputs import calls_of
 from ..choices import NormGroups, check_choice
+from ..objective.checks import check_whole
 from ..ops.slice_channels import check_kind
 from ..plan.constraints import violations
 from ..plan.keep_sets import Sliced
@@ -28,6 +29,7 @@ class SliceError(ValueError):
 def check_model(model: nn.Module, plan: Plan) -> None:
     """The model has the parameters that the plan speaks of, whole."""
     try:
+        check_whole(model)
         check_attached(model)
     except ValueError as error:
         raise SliceError(str(error)) from None

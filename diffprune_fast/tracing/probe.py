@@ -18,8 +18,9 @@ from ..plan.lattice import lattice, rank_units
 from ..plan.plan import Plan
 from .channels import units_of_channels
 from .grouping import build_plan
-from .records import Calls
-from .verification import VerificationError, verify_sliced
+from .records import Calls, Step
+from .steps import first_difference
+from .verification import VerificationError, unsliced_steps, verify_sliced
 from .walk import Walk
 
 Row = tuple[int, ...]  # the channels along one dim of a parameter
@@ -63,8 +64,16 @@ def probe_plan(model: nn.Module, walk: Walk, plan: Plan, calls: Calls) -> Plan:
 def _try(
     model: nn.Module, walk: Walk, plan: Plan, keep: Mapping[str, np.ndarray], calls: Calls
 ) -> VerificationError | None:
+    def unsliced() -> Sequence[Step]:
+        """Walked a second time; once that has shown nothing new, no more."""
+        if walk.repeats:
+            return walk.steps
+        steps = unsliced_steps(model, plan, "count", calls)
+        walk.repeats = first_difference(walk.steps, steps) is None
+        return steps
+
     try:
-        verify_sliced(model, plan, sliced_shapes(model, plan, keep), "count", calls, walk.steps)
+        verify_sliced(model, plan, sliced_shapes(model, plan, keep), "count", calls, walk.steps, unsliced)
     except VerificationError as error:
         return error
     return None

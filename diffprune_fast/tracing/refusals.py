@@ -16,7 +16,7 @@ _FLAT = "lies with others in one piece of memory, for cuDNN: trace the model bef
 
 
 def refuse_model(model: nn.Module) -> None:
-    """Raises TraceError for scripted modules and for parameters made of other tensors (DTensor, quantised)."""
+    """Raises TraceError for scripted modules and for parameters made of other tensors (a DTensor, quantised)."""
     for name, module in modules_of(model).items():
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(
@@ -26,9 +26,8 @@ def refuse_model(model: nn.Module) -> None:
     for name, t in (*parameters_of(model).items(), *buffers_of(model).items()):
         if is_traceable_wrapper_subclass(t):
             raise TraceError(
-                f"{name} is a {type(t.data).__name__}, a tensor made of others (sharded by FSDP2 or tensor "
-                "parallelism, or quantised), which can't be sliced: prune the model first and shard or quantise the "
-                "smaller one"
+                f"{name} is a {type(t.data).__name__}, a tensor made of others (spread by tensor parallelism, or "
+                "quantised), which can't be sliced: prune the model first and spread or quantise the smaller one"
             )
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..architectures.inputs import ExampleInputs, calls_of
 from ..choices import Units, check_choice
+from ..objective.shards import skeleton
 from ..plan.plan import Plan
 from .caches import collector_paused
 from .channels import Channels, units_of_channels
@@ -28,7 +29,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, unit
     the model is untouched when it ends.
 
     Args:
-        model: any module; diffusers classes make their own ``example_inputs``.
+        model: any module, also one that FSDP2 has sharded; diffusers classes make their own ``example_inputs``.
         example_inputs: for other classes the forward's positional arguments as a tuple or its keyword arguments as a
             dict. Their shapes count, and their values where a forward asks for them; costs in the plan are those of
             one forward of them. Several calls, where other methods than the forward are used too: a list of
@@ -54,6 +55,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, unit
         (114, 23)
     """
     check_choice("units", units, Units)
+    model = skeleton(model)
     refuse_model(model)
     calls = calls_of(model, example_inputs)
     plan, walk = _traced(model, calls, units)

@@ -103,8 +103,7 @@ class Tracer(TorchDispatchMode):
         content = constants.content_of_output(func, args, tensors)
         out = self._run(func, args, kwargs, tensors)
         if func._schema.is_mutable:
-            for t in tensors:
-                self.walk.written[t.untyped_storage()._cdata] = t.untyped_storage(), self.walk.labels(t)
+            self.walk.writes.note_labels(func, args, kwargs)
         if content is not None:
             for t in self.walk.tensors(out):
                 note_on(t).content = content

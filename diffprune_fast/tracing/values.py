@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
+from .labels import Labels
 from .notes import Origin, note_on, read_note
 
 
@@ -21,28 +22,44 @@ def _storage_of(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+def _written(func: Any, args: Sequence[Any], kwargs: Any) -> list[Tensor]:
+    """The operands that an operation writes into."""
+    written: list[Tensor] = []
+    for argument, value in zip(func._schema.arguments, [*args, *[None] * len(func._schema.arguments)]):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            tree_map_only(Tensor, written.append, kwargs.get(argument.name, value))
+    return written
+
+
 @dataclass
 class Writes:
     """What a walk has written to.
 
-    last: a storage to the number of the step that wrote into it last. unreal: storages of real tensors into which
-    something without values was written. held: all of them, lest others get their address.
+    last: a storage to the number of the step that wrote into it last. labels: to those of what was written last.
+    unreal: storages of real tensors into which something without values was written. held: all of them, lest others
+    get their address.
     """
 
     last: dict[int, int] = field(default_factory=dict)
+    labels: dict[int, Labels | None] = field(default_factory=dict)
     unreal: set[int] = field(default_factory=set)
     held: list[Any] = field(default_factory=list)
 
     def note(self, func: Any, args: Sequence[Any], kwargs: Any, tensors: Sequence[Tensor], now: int) -> None:
         """An operation on these tensors, which writes into some of them."""
-        written: list[Tensor] = []
-        for argument, value in zip(func._schema.arguments, [*args, *[None] * len(func._schema.arguments)]):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                tree_map_only(Tensor, written.append, kwargs.get(argument.name, value))
+        written = _written(func, args, kwargs)
         self.held += [t.untyped_storage() for t in written]
         self.last.update([(_storage_of(t), now) for t in written])
         if any(self.without_values(t) for t in tensors):
             self.unreal.update([_storage_of(t) for t in written if not t.is_meta])
+
+    def note_labels(self, func: Any, args: Sequence[Any], kwargs: Any) -> None:
+        """The same operation, once it has run: what it has written into has its labels by now."""
+        self.labels.update([(_storage_of(t), read_note(t).labels) for t in _written(func, args, kwargs)])
+
+    def labels_in(self, t: Tensor) -> Labels | None:
+        """The labels of what was written last into the memory that a tensor lies in; its own where nothing was."""
+        return self.labels.get(_storage_of(t), read_note(t).labels)
 
     def without_values(self, t: Tensor) -> bool:
         return t.is_meta or (bool(self.unreal) and _storage_of(t) in self.unreal)

@@ -58,8 +58,8 @@ class Walk:
         self.other_uses: list[Labels] = []
         self.gains: dict[str, str] = {}  # what holds the norms of another parameter's rows, and which
         self.read: set[str] = set()  # parameters that anything else has read
-        self.written: dict[int, tuple[Any, Labels | None]] = {}  # storages, and the labels of what wrote there last
         self.statistics = 0
+        self.repeats = False  # another walk of the model is known to take the same steps
         self.attributes: dict[tuple[str, str], LabelMap] = {}
         self.scale_attributes: dict[tuple[str, str], LabelMap] = {}
         self.attended: list[Attended] = []
@@ -72,8 +72,8 @@ class Walk:
 
     def is_zero(self, t: Tensor) -> bool:
         """Whether a tensor is zero in the channels that go, whatever was written into the memory that it lies in."""
-        labels, (_, last) = self.labels(t), self.written.get(t.untyped_storage()._cdata, (None, self.labels(t)))
-        return labels is not None and labels.zero and last is labels
+        labels = self.labels(t)
+        return labels is not None and labels.zero and self.writes.labels_in(t) is labels
 
     def labels(self, t: Any) -> Labels | None:
         return read_note(t).labels

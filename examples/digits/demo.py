@@ -65,7 +65,7 @@ class Setting:
     # Half of what the model was trained with: the whole demo has to end within six minutes on two cores.
     batch: int = 32
     # Of the distillation, and of the original's further steps.
-    lr: float = 5e-4
+    lr: float = 2e-4
     sampling_steps: int = 25
     samples: int = 128
     shown: int = 24

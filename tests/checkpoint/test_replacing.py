@@ -17,7 +17,9 @@ from torch import nn
 from diffprune_fast import from_pretrained, score_and_prune
 from diffprune_fast.checkpoint.manifest import BUFFERS, CONFIG, MANIFEST, PRUNED_WEIGHTS, WEIGHTS
 from diffprune_fast.checkpoint.replacing import replace_files
-from diffprune_fast.checkpoint.saving import FILES
+from diffprune_fast.checkpoint.saving import files_of
+
+FILES = files_of(None)
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "open", "shutil.rmtree")
 INSIDE = ("os.remove", "os.rmdir")  # of names in a folder that is open
@@ -90,8 +92,14 @@ def litter(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
 
 
-@pytest.mark.parametrize("changes", [{}, {"act_fn": "relu"}], ids=["the same config", "another config"])
-def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(changes: Any, kills: Kills, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "shards"),
+    [({}, None), ({"act_fn": "relu"}, None), ({}, 16_000)],
+    ids=["the same config", "another config", "shards"],
+)
+def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(
+    changes: Any, shards: int | None, kills: Kills, tmp_path: Path
+) -> None:
     old, new = pruned(1.0), pruned(2.0, **changes)
     seen = []
     for at in range(60):
@@ -101,7 +109,7 @@ def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(changes: Any, kil
         ended = False
         with kills.after(at, folder):
             try:
-                new.save_pretrained(folder)
+                new.save_pretrained(folder, max_shard_size=shards)
                 ended = True
             except Killed:
                 pass

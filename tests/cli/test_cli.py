@@ -206,7 +206,7 @@ def test_images_and_own_samples_exclude_each_other(model_dir, images, tmp_path):
 
 def test_wrong_folders_are_one_line(model_dir, images, tmp_path):
     out = ("--out", tmp_path / "out")
-    assert "is not a folder: download" in one_error(run("trace", tmp_path / "nowhere"))
+    assert "nowhere is neither a folder nor the name of a repository" in one_error(run("trace", tmp_path / "nowhere"))
     assert "config.json is missing" in one_error(run("trace", images))
     assert "needs a folder of training images" in one_error(run("prune", model_dir, *out))
     assert "is not a folder of images" in one_error(run("prune", model_dir, *out, "--images", "nowhere"))

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
+from processes import new_process, run_ranks
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
@@ -156,7 +156,7 @@ def killed(config: str, place: str) -> None:
 def test_killed_at_three_places_it_ends_with_the_same_result(inputs, unbroken, tmp_path):
     config = one_line(inputs, tmp_path / "out")
     for place in ("prune", "finetune", "report"):
-        process = mp.get_context("spawn").Process(target=killed, args=(str(config), place))
+        process = new_process(killed, str(config), place)
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, place
@@ -169,6 +169,15 @@ def test_killed_at_three_places_it_ends_with_the_same_result(inputs, unbroken, t
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3, msg=name)
     assert (tmp_path / "out" / "report.html").is_file()
+    for stage in ("dense", "sliced", "compensated", "recovered"):
+        ours, theirs = (figures_of(o / "evaluations" / stage) for o in (tmp_path / "out", unbroken[0]))
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), stage
+
+
+def figures_of(folder: Path) -> dict[str, float]:
+    """What was measured, but for seconds."""
+    found = json.loads((folder / "evaluation.json").read_text())["figures"]
+    return {name: figure["mean"] for name, figure in found.items() if name != "s/image"}
 
 
 def test_other_settings_redo_their_stage_and_what_follows(inputs, unbroken, tmp_path):
@@ -262,7 +271,7 @@ def test_several_processes_make_the_images_of_one(inputs, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(sampled_by, (2, port, words("two")), nprocs=2, start_method="spawn")
+    run_ranks(sampled_by, 2, port, words("two"))
     run(*words("one"))
     names = sorted(p.name for p in (tmp_path / "one").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "two").iterdir())

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from planted import Kept, Two, conv_case, double, image, sliced, without
+from processes import run_ranks
 from torch import Tensor, nn
 
 from diffprune_fast.compensation import Compensation, compensate, estimates
@@ -337,7 +337,7 @@ def rank_main(rank: int, ranks: int, path: str) -> None:
 def test_ranks_share_the_samples_and_end_with_one_process_weights(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mp.start_processes(rank_main, (2, str(tmp_path / "store")), nprocs=2, start_method="spawn")
+    run_ranks(rank_main, 2, str(tmp_path / "store"))
     monkeypatch.setattr(estimates, "MAX_ROWS", FEW)
     dense, pruned, kept = pair()
     alone = run(pruned, dense, kept, samples=13)
@@ -394,7 +394,7 @@ def branching_rank(rank: int, ranks: int, path: str) -> None:
 
 
 def test_what_one_rank_cannot_solve_no_rank_solves(tmp_path: Any) -> None:
-    mp.start_processes(branching_rank, (2, str(tmp_path / "store")), nprocs=2, start_method="spawn")
+    run_ranks(branching_rank, 2, str(tmp_path / "store"))
     first, second = (torch.load(tmp_path / f"store-{rank}", weights_only=True) for rank in range(2))
     assert first["layers"] == second["layers"] == ("always",)
     assert first["alone"]["bright"] == second["alone"]["bright"] == "not called"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_ranks
 from torch import Tensor, nn
 
 from diffprune_fast import score, trace
@@ -75,7 +75,7 @@ def _of(width: int) -> tuple[nn.Module, list[Tensor], Any]:
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, float]]]:
     """What two ranks raised, and after how many seconds."""
     path: Path = tmp_path_factory.mktemp("ranks") / "store"
-    mp.start_processes(_rank_main, (str(path),), nprocs=2, start_method="spawn")
+    run_ranks(_rank_main, str(path))
     return [torch.load(f"{path}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 

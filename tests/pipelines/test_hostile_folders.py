@@ -193,6 +193,14 @@ ATTACKS: dict[str, tuple[str, Attack, str]] = {
     "a pickle of a text encoder": ("stable_diffusion", pickled("text_encoder", "pytorch_model.bin"), "text_encoder"),
     "a pickled shard": ("ddpm", pickled("unet", "shard.bin", shards=True), "shard.bin"),
     "a shard outside": ("ddpm", pickled("unet", "../../outside.safetensors", shards=True), "outside.safetensors"),
+    "a shard of a variant outside": (
+        "ddpm",
+        text(
+            "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+            '{"metadata": {}, "weight_map": {"conv_in.weight": "../../outside.safetensors"}}',
+        ),
+        "outside.safetensors",
+    ),
     "years of timesteps": (
         "ddpm",
         config("scheduler", "scheduler_config.json", num_train_timesteps=10**12),

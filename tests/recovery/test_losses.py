@@ -17,13 +17,13 @@ from diffprune_fast.recovery.losses import step_loss_of
 from diffprune_fast.recovery.second_order import SecondOrder
 
 
-def unet() -> UNet2DModel:
+def unet(block_out_channels: tuple[int, int] = (8, 16)) -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
         8,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(8, 16),
+        block_out_channels=block_out_channels,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=4,
@@ -99,7 +99,7 @@ def test_features_of_a_model_of_other_origin_are_refused(pruned):
     with pytest.raises(ValueError, match="no record of a pruning"):
         shared_layers(unet(), pruned[1])
     with pytest.raises(ValueError, match="wasn't pruned from the teacher"):
-        shared_layers(pruned[0], UNet2DModel(8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4))
+        shared_layers(pruned[0], unet(block_out_channels=(8, 8)))
 
 
 class Linear(nn.Module):
@@ -168,6 +168,45 @@ def test_every_loss_brings_the_model_closer_to_its_teacher(pruned, loss):
     batches = [step(seed)[0] for seed in range(10, 14)]
     finetune(model, batches, DDPMScheduler(), steps=40, lr=2e-3, teacher=dense, loss=loss, progress=False)
     assert distance() < 0.7 * before
+
+
+class Transformer(nn.Module):
+    """A class of one's own, as DiT is: how it is called, the first batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.classes = nn.Conv2d(1, 16, 2, 2), nn.Embedding(4, 16)
+        self.modulation = nn.Linear(16, 32)
+        self.norm = nn.LayerNorm(16, elementwise_affine=False)
+        self.up, self.down, self.last = nn.Linear(16, 48), nn.Linear(48, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h = self.patches(x).flatten(2).transpose(1, 2)
+        about = self.classes(y) + torch.cos(t[:, None] / 1000 * torch.arange(1, 17))
+        shift, scale = self.modulation(nn.functional.silu(about))[:, None].chunk(2, -1)
+        h = h + self.down(nn.functional.gelu(self.up(self.norm(h) * (1 + scale) + shift)))
+        return nn.functional.pixel_shuffle(self.last(h).transpose(1, 2).unflatten(2, (4, 4)), 2)
+
+
+def test_features_of_a_class_of_ones_own_are_learnt_at_what_the_first_batch_calls_it_with():
+    dense = Transformer().eval()
+    labels = torch.arange(8) % 4
+    batches = [{"x": step(seed)[0], "y": labels} for seed in range(10, 14)]
+    options = {"criterion": "magnitude", "ratio": 0.5, "round_to": 4, "inplace": False, "compensate": False}
+    model = score_and_prune(dense, batches, rotate=False, damage=False, **options).model
+    assert model.up.out_features < 48
+    example = {"x": torch.empty(1, 1, 8, 8), "t": torch.tensor([500]), "y": labels[:1]}
+    compared = step_loss_of("features", model, dense, make_objective(model, DDPMScheduler()), 1.0, None, example)
+    images, t, noise = step(5)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(compared(model, {"x": images, "y": labels}, t, noise))
+
+    before = loss()
+    finetune(model, batches, DDPMScheduler(), steps=40, lr=2e-3, teacher=dense, loss="features", progress=False)
+    assert loss() < 0.7 * before
 
 
 def test_the_mix_is_seven_tenths_of_the_teacher(pruned):

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
+from processes import run_ranks
 from torch import Tensor, nn
 
 from diffprune_fast.recovery.finetune import finetune
@@ -76,7 +76,7 @@ def test_two_processes_end_as_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(rank_main, (2, port, str(tmp_path)), nprocs=2, start_method="spawn")
+    run_ranks(rank_main, 2, port, str(tmp_path))
     model, other = Denoiser(), Denoiser()
     losses = run(model, batches(size=7), accumulate=2)
     with torch.no_grad():

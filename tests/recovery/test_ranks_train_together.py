@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import DDPMScheduler
+from processes import run_ranks
 from torch import Tensor, nn
 
 from diffprune_fast.recovery.finetune import finetune
@@ -97,7 +97,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, 
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        mp.start_processes(_rank_main, (port, str(folder), last), nprocs=2, start_method="spawn")
+        run_ranks(_rank_main, port, str(folder), last)
     both = [[torch.load(folder / f"{x}{rank}", weights_only=True) for x in ("loss", "loader")] for rank in range(2)]
     return [{**first, **second} for first, second in both]
 

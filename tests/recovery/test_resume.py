@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import DDPMScheduler
+from processes import new_process
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -85,7 +85,7 @@ def killed(path: Path) -> None:
 
 def test_a_killed_process_is_gone_on_from(tmp_path, unbroken):
     path = tmp_path / "state"
-    process = mp.get_context("spawn").Process(target=killed, args=(path,))
+    process = new_process(killed, path)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from models import Case, small_condition_unet, small_unet
+from processes import run_ranks
 from torch import Tensor, nn
 from zoo import ZOO
 
@@ -245,7 +245,7 @@ def _rank_main(rank: int, ranks: int, path: str) -> None:
 
 
 def test_ranks_share_the_samples_and_end_with_one_process_weights(tmp_path):
-    mp.start_processes(_rank_main, (2, str(tmp_path / "store")), nprocs=2, start_method="spawn")
+    run_ranks(_rank_main, 2, str(tmp_path / "store"))
     model, plan, loader = _attention()
     rotate_heads(model, plan, loader, samples=8, micro_batch=2)
     first, second = (torch.load(tmp_path / f"store-{rank}.pt", weights_only=True) for rank in range(2))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_ranks
 from scoring_models import by_hand, gradients, images, tiny, tiny_plan, weights
 from torch import Tensor, nn
 
@@ -311,7 +311,7 @@ def on_rank(rank: int, ranks: int, path: str) -> None:
 
 
 def test_ranks_end_with_the_damage_of_one_process(tmp_path: Any) -> None:
-    mp.start_processes(on_rank, (2, str(tmp_path / "store")), nprocs=2, start_method="spawn")
+    run_ranks(on_rank, 2, str(tmp_path / "store"))
     alone = [expected_damage(tiny(), 3, skipped=skipped) for skipped in (3, 3, 0)]
     for rank in range(2):
         np.testing.assert_allclose(np.load(f"{tmp_path / 'store'}.{rank}.npy"), alone, rtol=1e-9)

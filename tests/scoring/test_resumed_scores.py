@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import new_process, run_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -163,8 +163,7 @@ def _rank_main(rank: int, ranks: int, folder: str, stop_in: int | None) -> None:
 
 
 def test_a_job_of_two_ranks_goes_on_after_one_was_killed_and_on_one_rank_too(tmp_path: Path, unbroken: Scores) -> None:
-    context = mp.get_context("spawn")
-    ranks = [context.Process(target=_rank_main, args=(rank, 2, str(tmp_path), 33)) for rank in range(2)]
+    ranks = [new_process(_rank_main, rank, 2, str(tmp_path), 33) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in reversed(ranks):
@@ -172,7 +171,7 @@ def test_a_job_of_two_ranks_goes_on_after_one_was_killed_and_on_one_rank_too(tmp
     assert ranks[1].exitcode == -signal.SIGKILL
     assert (tmp_path / "said").read_text().startswith("RankError: ")
     check_same(run(_copied(tmp_path / "state")), unbroken)
-    mp.start_processes(_rank_main, (2, str(tmp_path), None), nprocs=2, start_method="spawn")
+    run_ranks(_rank_main, 2, str(tmp_path), None)
     for rank in range(2):
         values, damage = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         np.testing.assert_allclose(values, unbroken.values, rtol=1e-5)

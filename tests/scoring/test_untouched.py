@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_ranks
 from scoring_models import TinyDenoiser, images, tiny, tiny_plan
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -351,7 +351,7 @@ def rank_main(rank: int, ranks: int, path: str) -> None:
 
 
 def test_ranks_share_the_work_and_end_with_one_process_scores(tmp_path: Any) -> None:
-    mp.start_processes(rank_main, (2, str(tmp_path / "store")), nprocs=2, start_method="spawn")
+    run_ranks(rank_main, 2, str(tmp_path / "store"))
     alone = score(tiny(), [images(8)], tiny_plan(tiny()), **SHARED)
     assert alone.samples == 64
     for rank in range(2):

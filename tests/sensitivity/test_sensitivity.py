@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import UNet2DModel
+from processes import run_ranks
 from torch import Tensor, nn
 
 import diffprune_fast as dpf
@@ -172,7 +172,7 @@ def rank_main(rank: int, ranks: int, path: str) -> None:
 
 
 def test_ranks_share_the_samples_and_end_with_one_process_numbers(tmp_path: Path) -> None:
-    mp.start_processes(rank_main, (2, str(tmp_path / "store")), nprocs=2, start_method="spawn")
+    run_ranks(rank_main, 2, str(tmp_path / "store"))
     alone = measured(*halves()).damage
     for rank in range(2):
         found = torch.load(tmp_path / f"store-{rank}", weights_only=True).numpy()

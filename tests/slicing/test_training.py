@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -191,7 +191,7 @@ def _prepared_again(rank: int, path: str) -> None:
 
 
 def test_ranks_reduce_their_gradients_with_a_new_wrapper_and_the_former_refuses(tmp_path: Path) -> None:
-    mp.start_processes(_wrapped_anew, (str(tmp_path / "store"),), nprocs=2, start_method="spawn")
+    run_ranks(_wrapped_anew, str(tmp_path / "store"))
     results = [torch.load(tmp_path / f"store-{rank}.pt") for rank in range(2)]
     model = _model()
     _prune(model)
@@ -204,7 +204,7 @@ def test_ranks_reduce_their_gradients_with_a_new_wrapper_and_the_former_refuses(
 
 def test_accelerate_goes_on_with_the_model_prepared_again(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    mp.start_processes(_prepared_again, (str(tmp_path / "store"),), nprocs=2, start_method="spawn")
+    run_ranks(_prepared_again, str(tmp_path / "store"))
     (first, kind), (second, _) = (torch.load(tmp_path / f"store-{rank}.pt") for rank in range(2))
     assert "DistributedDataParallel" in kind
     assert [tuple(g.shape) for g in first] == [(8, 3, 3, 3), (8,), (2, 8, 1, 1), (2,)]

@@ -21,9 +21,10 @@ SHAPE = (torch.empty(1, 6, 5),)
 def assert_exact(make: Callable[[], nn.Module]) -> dpf.Plan:
     case = Case("", make, lambda m: m(X), SHAPE)
     torch.manual_seed(0)
-    plan = dpf.trace(randomised(make()), SHAPE, units="dims")
+    model = randomised(make())
+    plan = dpf.trace(model, SHAPE, units="dims")
     for run in ("exact", "uneven"):
-        error, left = compare(case, plan, 0.4, 0, run)
+        error, left = compare(case, model, plan, 0.4, 0, run)
         assert error <= EXACT
         assert left < 0.95
     return plan

@@ -81,11 +81,19 @@ def written(m: Summed, h: Tensor) -> Tensor:
     return h.sum(1, keepdim=True)
 
 
+def read(m: Summed, h: Tensor) -> Tensor:
+    """What is written into is of its own memory, h is only read."""
+    doubled = h * 2
+    doubled.view(len(h), -1, 36).add_(h.view(len(h), -1, 36))
+    return h.sum(1, keepdim=True)
+
+
 EXACT: dict[str, Callable[[Summed, Tensor], Tensor]] = {
     "plain": lambda m, h: h.sum(1, keepdim=True),
     "projection": lambda m, h: (m.embedding * h.mean((2, 3))).sum(1)[:, None, None, None],
     "of activations": lambda m, h: F.gelu(h / 2 - h.abs() ** 2).sum(1, keepdim=True),
     "gated": lambda m, h: (h * h.sigmoid()).sum(dim=(1, 2, 3), keepdim=True),
+    "read by what is written elsewhere": read,
     "length": lambda m, h: h.pow(2).sum(1, keepdim=True).sqrt(),
 }
 FROZEN: dict[str, Callable[[Summed, Tensor], Tensor]] = {
