@@ -235,5 +235,5 @@ def test_infinities_of_both_signs_are_found() -> None:
     layer = nn.Linear(4, 4)
     with torch.no_grad():
         layer.weight[0, 0], layer.weight[1, 1] = torch.inf, -torch.inf
-    with pytest.raises(ValueError, match="^weight has 2 NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"^weight has 2 NaN or infinite values"):
         check_weights(layer)
