@@ -1,8 +1,8 @@
 """Build of the package's native parts; everything else stands in pyproject.toml.
 
 ``diffprune_fast._cpu`` (csrc/, C++) is always built: without a C++17 compiler the build stops and says so.
-``diffprune_fast._cuda`` (csrc/cuda) is built as ``DIFFPRUNE_CUDA`` says: ``auto`` (default: if nvcc is there), ``1``,
-``0``. PyTorch is not needed for building, so it is never imported here: one wheel serves every PyTorch version.
+``diffprune_fast._cuda`` (csrc/cuda) is built where ``DIFFPRUNE_CUDA`` asks for it: ``1``, ``auto`` (if nvcc is there), ``0``
+(default: what a wheel holds is not for chance to decide). PyTorch is not needed for building, so it is never imported here: one wheel serves every PyTorch version.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def cpu_extension() -> Extension:
 
 def cuda_extension() -> Extension | None:
     """The CUDA extension if it can and shall be built, else None."""
-    wanted = os.environ.get("DIFFPRUNE_CUDA", "auto").lower()
+    wanted = os.environ.get("DIFFPRUNE_CUDA", "0").lower()
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"DIFFPRUNE_CUDA={wanted!r}: expected auto, 1 or 0")
     sources = sorted(p.as_posix() for p in Path("csrc/cuda").glob("*.cu"))

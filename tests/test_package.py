@@ -24,7 +24,7 @@ print(json.dumps({name: value for name, value in flags.items() if isinstance(val
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DIFFPRUNE_CUDA")} | environment
     return subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True)
 
 
@@ -95,6 +95,21 @@ def test_a_cuda_build_that_cannot_be_had_says_so(tmp_path: Path, value: str, mes
     done = build(tmp_path, "--version", DIFFPRUNE_CUDA=value, PATH="/usr/bin:/bin", CUDA_HOME="", CUDA_PATH="")
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_a_wheel_holds_the_cuda_extension_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.touch()
+    nvcc.chmod(0o755)
+    code = (
+        "import runpy, setuptools; setuptools.setup = lambda **options: print([e.name for e in options['ext_modules']]);"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    for asked, found in ((None, False), ("1", bool(list((ROOT / "csrc/cuda").glob("*.cu")))), ("0", False)):
+        given = {"CUDA_HOME": str(tmp_path)} | ({} if asked is None else {"DIFFPRUNE_CUDA": asked})
+        done = run(sys.executable, "-c", code, cwd=ROOT, **given)
+        assert ("diffprune_fast._cuda" in done.stdout) == found, done.stdout + done.stderr
 
 
 def test_version_is_the_distributions() -> None:

@@ -24,12 +24,12 @@ try:
 except ImportError as error:
     _cuda = None
     _missing = (
-        f"the CUDA extension is not built ({error}): it is where the package is installed with nvcc on PATH; without "
-        "it, PyTorch's index_select slices on GPUs"
+        f"the CUDA extension is not built ({error}): DIFFPRUNE_CUDA=1 pip install builds it, with nvcc; "
+        "without it, PyTorch's index_select slices on GPUs"
     )
 else:
     if getattr(_cuda, "ABI", 0) != ABI or _cuda.GATHER_ENTRY != slice_tables.ENTRY:
-        _missing = "the CUDA extension was built from older sources: pip install -e . builds it anew"
+        _missing = "the CUDA extension was built from older sources: DIFFPRUNE_CUDA=1 pip install -e . builds it anew"
 
 
 def availability() -> str:
