@@ -29,7 +29,7 @@ class Amounts:
     """
 
     trained_steps: int = 200
-    lr: float = 5e-4
+    lr: float = 2e-4
     finetune_lr: float = 1e-3
     batch: int | None = None
     scored: int = 2048

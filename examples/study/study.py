@@ -160,7 +160,7 @@ def dense_rows(pruner: Pruner, args: argparse.Namespace, results: Results) -> No
     """The dense model as it is, and trained on for as many steps as the pruned ones, at two learning rates."""
     bench, name = pruner.bench, pruner.bench.subject.name
     controls: list[tuple[str, int, Callable[[], nn.Module]]] = [("dense", 0, lambda: bench.dense)]
-    if any(stage in TRAINED for stage in args.stages):
+    if args.control and any(stage in TRAINED for stage in args.stages):
         for lr, seed in itertools.product((bench.amounts.lr, bench.amounts.lr / 5), args.seeds):
             controls.append((f"trained on, lr {lr:g}", seed, partial(pruner.finetuned, bench.dense, seed, lr)))
     for stage, seed, make in controls:
@@ -222,6 +222,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trained", nargs="*", type=float, default=[0.5], help="budgets at which stages train")
     parser.add_argument("--distill-steps", type=int, help="steps of every training (default: 200)")
     parser.add_argument("--samples", type=int, help="images for SSIM and Fréchet distance (default: 256); 0: neither")
+    parser.add_argument("--no-control", dest="control", action="store_false", help="the dense model isn't trained on")
     parser.add_argument("--no-damage", dest="damage", action="store_false", help="no single clusters")
     parser.add_argument("--quick", action="store_true", help="in a folder of its own; the figures mean nothing")
     parser.add_argument("--table", action="store_true", help="print the tables and do nothing else")

@@ -223,3 +223,17 @@ def test_adapters_are_looked_into() -> None:
     inner = unet()
     assert unwrapped(Peft(inner)) is inner
     assert dpf.score_and_prune(Peft(inner), None, criterion="magnitude", ratio=0.3).model is inner
+
+
+def test_weights_whose_sum_overflows_are_finite() -> None:
+    layer = nn.Linear(4, 4)
+    nn.init.constant_(layer.weight, 3e38)
+    assert check_weights(layer) == torch.device("cpu")
+
+
+def test_infinities_of_both_signs_are_found() -> None:
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight[0, 0], layer.weight[1, 1] = torch.inf, -torch.inf
+    with pytest.raises(ValueError, match=r"^weight has 2 NaN or infinite values"):
+        check_weights(layer)
