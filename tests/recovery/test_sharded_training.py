@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import DDPMScheduler
+from processes import run_ranks
 from torch import Tensor, nn
 
 from diffprune_fast.objective.ranks import rank_and_count
@@ -118,7 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(rank_main, (port, str(folder)), nprocs=2, start_method="spawn")
+    run_ranks(rank_main, port, str(folder))
     return folder
 
 

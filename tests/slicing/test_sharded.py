@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import UNet2DModel
+from processes import run_ranks
 from torch import Tensor, nn
 
 import diffprune_fast as dpf
@@ -107,7 +107,7 @@ def _rank_main(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("sharded")
-    mp.start_processes(_rank_main, (str(folder),), nprocs=2, start_method="spawn")
+    run_ranks(_rank_main, str(folder))
     return folder
 
 
