@@ -103,7 +103,8 @@ def test_a_wheel_holds_the_cuda_extension_only_where_it_is_asked_for(tmp_path: P
     nvcc.touch()
     nvcc.chmod(0o755)
     code = (
-        "import runpy, setuptools; setuptools.setup = lambda **options: print([e.name for e in options['ext_modules']]);"
+        "import runpy, setuptools;"
+        "setuptools.setup = lambda **options: print([e.name for e in options['ext_modules']]);"
         "runpy.run_path('setup.py', run_name='__main__')"
     )
     for asked, found in ((None, False), ("1", bool(list((ROOT / "csrc/cuda").glob("*.cu")))), ("0", False)):
