@@ -1,7 +1,7 @@
 """Build of the package's native parts; everything else stands in pyproject.toml.
 
 ``diffprune_fast._cpu`` (csrc/, C++) is always built: without a C++17 compiler the build stops and says so.
-``diffprune_fast._cuda`` (csrc/cuda) is built where ``DIFFPRUNE_CUDA`` asks for it: ``1``, ``auto`` (if nvcc is there) or
+``diffprune_fast._cuda`` (csrc/cuda) is built where ``DIFFPRUNE_CUDA`` asks for it: ``1``, ``auto`` (if nvcc is there),
 ``0`` (default: what a wheel holds is not for chance to decide). PyTorch is not needed for building, so it is never
 imported here: one wheel serves every PyTorch version.
 """
