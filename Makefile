@@ -56,8 +56,9 @@ $(VENV)/.study: $(VENV)/.demo
 	$(PIP) install --quiet --editable ".[study]"
 	@touch $@
 
+# With the CUDA extension where there is nvcc: tests look at what was compiled.
 $(VENV)/.dev: $(BUILD_FILES) $(VENV)/.torch
-	$(PIP) install --quiet --editable ".[demo,study,test,dev]"
+	DIFFPRUNE_CUDA=$${DIFFPRUNE_CUDA:-auto} $(PIP) install --quiet --editable ".[demo,study,test,dev]"
 	@touch $@ $(VENV)/.demo $(VENV)/.study
 
 $(VENV)/.docs: $(BUILD_FILES) $(VENV)/.torch
