@@ -104,7 +104,9 @@ def _group(
     cuts = np.searchsorted(free, starts)
     present = np.zeros(int(component.max()) + 1, np.int64)
     present[component[free]] = 1
-    unit = (np.cumsum(present) - 1)[component[free]]
+    unit = np.cumsum(present)
+    unit -= 1  # of a temporary NumPy would ask the stack whose it is, which crashes where there is no memory left
+    unit = unit[component[free]]
     # A sum of one random number per channel's place tells the units' multisets of places apart.
     signature = np.zeros(int(unit.max()) + 1, np.uint64)
     bits = np.random.default_rng(0).integers(1, 2**63, len(starts), dtype=np.uint64)

@@ -282,7 +282,7 @@ def interrupted(plan: dpf.Plan, n: int, seed: int = 0) -> list[str]:
 
 
 LIMITED = """
-import faulthandler, os, resource, signal, sys
+import faulthandler, os, resource, sys
 faulthandler.enable()
 sys.path[:0] = {path!r}
 import torch
@@ -296,9 +296,8 @@ for _ in range(900):
 repr(deep)  # the stack has grown: a stack that can't is a segmentation fault, whoever is on it
 made = big({alias})
 wanted = photograph(*pruned_big(*made))
-
-
-def end_of(spare):
+ends = []
+for spare in {spares}:
     child = os.fork()
     if child == 0:
         model, optimizer, aliases = big({alias})
@@ -315,14 +314,7 @@ def end_of(spare):
         after = photograph(model, optimizer)
         bad = differences(wanted, after, identity=False) if end else differences(before, after)
         os._exit(2 if bad else end)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-ends = []
-for spare in {spares}:
-    # Libraries without memory crash by chance, one child in some three hundred: what does it twice is a fault.
-    end = end_of(spare)
-    ends.append(end_of(spare) if end == -signal.SIGSEGV else end)
+    ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(ends)
 """
 
