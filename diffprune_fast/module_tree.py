@@ -6,7 +6,12 @@ modules, where a pruning needs them forty times.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
 from torch import Tensor, nn
+
+T = TypeVar("T", bound=Tensor)
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -32,27 +37,24 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """As ``dict(model.named_parameters())``: every parameter once, by its first name."""
     if type(model).named_parameters is not nn.Module.named_parameters:  # FSDP has other names for them
         return dict(model.named_parameters())
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for name, module in modules_of(model).items():
-        prefix = f"{name}." if name else ""
-        for key, p in module._parameters.items():
-            if p is not None and id(p) not in seen:
-                seen.add(id(p))
-                found[prefix + key] = p
-    return found
+    return _held(model, lambda module: module._parameters)
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     """As ``dict(model.named_buffers())``: every buffer once, by its first name."""
     if type(model).named_buffers is not nn.Module.named_buffers:
         return dict(model.named_buffers())
-    found: dict[str, Tensor] = {}
+    return _held(model, lambda module: module._buffers)
+
+
+def _held(model: nn.Module, table: Callable[[nn.Module], Mapping[str, T | None]]) -> dict[str, T]:
+    """Every tensor in the modules' tables once, by its first name."""
+    found: dict[str, T] = {}
     seen: set[int] = set()
     for name, module in modules_of(model).items():
         prefix = f"{name}." if name else ""
-        for key, b in module._buffers.items():
-            if b is not None and id(b) not in seen:
-                seen.add(id(b))
-                found[prefix + key] = b
+        for key, tensor in table(module).items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[prefix + key] = tensor
     return found
